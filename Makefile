@@ -1,0 +1,82 @@
+# `make test` and `make bench` need python3 (with venv and headers) and g++, and do the rest.
+#   make VENV=~/my-env test          an environment of your own; its torch is used when it is >= 2.11
+#   make TORCH=torch TORCH_INDEX=    the newest torch from pip's own index
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Instruction sets as ATEN_CPU_CAPABILITY names them, and the floors that depend on them.
+ISAS ?= avx512 avx2 default
+FLOORS := tests/test_cells.py tests/test_scan.py
+
+PY := $(VENV)/bin/python
+PYTEST := $(VENV)/bin/pytest
+SANITIZED := build/sanitized
+LIBRARY := import sys; del sys.path[0]; import fused_rnn._C as c; print("testing", c.__file__)
+export FUSED_RNN_STRICT := 1
+
+.PHONY: help test native isa sanitize lint bench build clean
+
+help:
+	@echo "make test      all tests: native, isa (avx2, baseline), sanitize, lint"
+	@echo "make native    the whole suite on this machine's best instruction set"
+	@echo "make isa       cell and scan tests on each of: $(ISAS)"
+	@echo "make sanitize  cell and scan tests under AddressSanitizer and UBSan (g++)"
+	@echo "make lint      ruff, clang-format, mypy, includes, symbols"
+	@echo "make bench     fused_rnn against torch.nn; BENCH='--help' lists what it can do"
+	@echo "make build     the library, in place"
+
+test:
+	$(MAKE) native
+	$(MAKE) isa ISAS="avx2 default"
+	$(MAKE) sanitize
+	$(MAKE) lint
+
+native: build
+	$(PYTEST)
+
+isa: build
+	for isa in $(ISAS); do \
+	  echo "ATEN_CPU_CAPABILITY=$$isa"; \
+	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m "not slow" $(FLOORS) || exit 1; \
+	done
+
+# Python itself is not instrumented, so both run-time libraries must be there before it starts.
+# Leaks are not looked for: the interpreter keeps much until the end.
+sanitize: $(VENV)/.installed
+	FUSED_RNN_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
+	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	$(PY) -c '$(LIBRARY)' | grep $(SANITIZED) && $(PYTEST) -m "not slow" $(FLOORS)
+
+lint: build
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/mypy
+	$(PY) tools/check_includes.py
+	$(PY) tools/check_symbols.py build/*-release
+
+bench: build
+	$(PY) -m fused_rnn.bench $(BENCH)
+
+build: $(VENV)/.installed
+	$(PY) setup.py -q build_ext --inplace
+
+# Editable, so that no second copy of the package can be tested by mistake;
+# what a user installs is tested by tests/test_packaging.py.
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.torch
+	$(PY) -m pip install -q setuptools wheel pybind11 ninja --upgrade
+	$(PY) -m pip install -q --no-build-isolation -e '.[test,bench,dev]'
+	touch $@
+
+$(VENV)/.torch:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import sys, torch; sys.exit(torch.torch_version.TorchVersion(torch.__version__) < "2.11")' 2> /dev/null \
+	  || $(PY) -m pip install '$(TORCH)' $(addprefix --extra-index-url ,$(TORCH_INDEX))
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fused_rnn/_C.*.so

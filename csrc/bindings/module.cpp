@@ -1,0 +1,145 @@
+// fused_rnn._C: what is not a tensor op. Build facts, choices and why, and the cell floor for tests.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "../cpu/strategy.h"
+
+namespace py = pybind11;
+
+namespace fused_rnn {
+namespace {
+
+template <class A>
+using Array = py::array_t<A, py::array::c_style>;
+
+const cpu::CellKernels& cell_named(const std::string& name) {
+  const cpu::CellKernels* cell = cpu::find_cell(name.c_str());
+  if (!cell) throw py::key_error("there is no cell '" + name + "'");
+  return *cell;
+}
+
+const cpu::CellFunctions<float>& functions(const cpu::CellKernels& cell, float) { return cell.as_float; }
+const cpu::CellFunctions<double>& functions(const cpu::CellKernels& cell, double) { return cell.as_double; }
+
+// Checks that an argument is [count, n] and gives its data; n is taken from the first one.
+template <class A>
+const A* rows(const Array<A>& array, const char* name, int count, py::ssize_t& n) {
+  if (array.ndim() == 2 && n < 0) n = array.shape(1);
+  if (array.ndim() != 2 || array.shape(0) != count || array.shape(1) != n)
+    throw py::value_error(std::string(name) + " must have shape [" + std::to_string(count) + ", n]");
+  return array.data();
+}
+
+template <class A>
+py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A> prev) {
+  const cpu::CellKernels& cell = cell_named(name);
+  const cpu::CellInfo& info = cell.info;
+  py::ssize_t n = -1;
+  const A* px = rows(x, "x", info.gates, n);
+  const A* ph = rows(h, "h", info.gates, n);
+  const A* pprev = rows(prev, "prev", info.states, n);
+  Array<A> state({py::ssize_t(info.states), n}), saved({py::ssize_t(info.saved), n});
+  functions(cell, A{}).forward(n, px, ph, pprev, state.mutable_data(), saved.mutable_data());
+  return py::make_tuple(state, saved);
+}
+
+template <class A>
+py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> prev, Array<A> state, Array<A> d_state) {
+  const cpu::CellKernels& cell = cell_named(name);
+  const cpu::CellInfo& info = cell.info;
+  py::ssize_t n = -1;
+  const A* pprev = rows(prev, "prev", info.states, n);
+  const A* psaved = rows(saved, "saved", info.saved, n);
+  const A* pstate = rows(state, "state", info.states, n);
+  const A* pd_state = rows(d_state, "d_state", info.states, n);
+  Array<A> dx({py::ssize_t(info.gates), n}), dh({py::ssize_t(info.gates), n}), d_prev({py::ssize_t(info.states), n});
+  functions(cell, A{}).backward(n, psaved, pprev, pstate, pd_state, dx.mutable_data(), dh.mutable_data(),
+                                d_prev.mutable_data());
+  return py::make_tuple(dx, dh, d_prev);
+}
+
+void apply(const cpu::MathFunctions& f, py::ssize_t n, const float* x, float* y) { f.as_float(n, x, y); }
+void apply(const cpu::MathFunctions& f, py::ssize_t n, const double* x, double* y) { f.as_double(n, x, y); }
+
+template <class A>
+Array<A> math(const std::string& name, Array<A> x) {
+  const cpu::Isa& isa = cpu::chosen_isa();
+  for (int i = 0; i < isa.math_count; ++i)
+    if (name == isa.math[i].name) {
+      Array<A> y(x.size());
+      apply(isa.math[i], x.size(), x.data(), y.mutable_data());
+      return y;
+    }
+  throw py::key_error("there is no function '" + name + "'");
+}
+
+py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj, int64_t directions,
+                  int threads) {
+  Stack stack;
+  Weights weights;
+  if (proj) weights.hr = &weights;  // only asked whether it is there
+  stack.steps.T = T;
+  stack.steps.B = B;
+  stack.steps.N = T * B;
+  stack.I = I;
+  stack.H = H;
+  stack.R = proj ? proj : H;
+  stack.dirs = directions;
+  stack.weights = &weights;
+  const cpu::Plan plan = cpu::plan_forward(stack, cell_named(name).info.gates, threads);
+  static const std::map<cpu::Split, const char*> names{
+      {cpu::Split::kNone, "none"}, {cpu::Split::kRows, "rows"}, {cpu::Split::kUnits, "units"}};
+  py::dict result;
+  result["split"] = names.at(plan.split);
+  result["threads"] = plan.threads;
+  result["pack"] = plan.pack;
+  result["chunk_steps"] = plan.chunk_steps;
+  result["reason"] = plan.reason;
+  return result;
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fused_rnn;
+  m.def("cells", [] {
+    std::map<std::string, std::map<std::string, int>> cells;
+    const cpu::Isa& isa = cpu::chosen_isa();
+    for (int i = 0; i < isa.cell_count; ++i) {
+      const cpu::CellInfo& info = isa.cells[i].info;
+      cells[info.name] = {{"gates", info.gates}, {"states", info.states}, {"saved", info.saved}};
+    }
+    return cells;
+  });
+  m.def("isa", [] { return cpu::chosen_isa().name; });
+  m.def("compiled_isas", [] {
+    int count = 0;
+    const cpu::Isa* const* isas = cpu::compiled_isas(&count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) names.push_back(isas[i]->name);
+    return names;
+  });
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"compiler", __VERSION__}, {"torch", FUSED_RNN_TORCH_VERSION}, {"cxx_flags", FUSED_RNN_CXX_FLAGS}};
+  });
+  m.def("cell_forward", &cell_forward<float>, py::arg("cell"), py::arg("x").noconvert(), py::arg("h").noconvert(),
+        py::arg("prev").noconvert());
+  m.def("cell_forward", &cell_forward<double>, py::arg("cell"), py::arg("x").noconvert(), py::arg("h").noconvert(),
+        py::arg("prev").noconvert());
+  m.def("cell_backward", &cell_backward<float>, py::arg("cell"), py::arg("saved").noconvert(),
+        py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
+  m.def("cell_backward", &cell_backward<double>, py::arg("cell"), py::arg("saved").noconvert(),
+        py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
+  m.def("math", &math<float>, py::arg("name"), py::arg("x").noconvert());
+  m.def("math", &math<double>, py::arg("name"), py::arg("x").noconvert());
+  m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("proj"),
+        py::arg("directions"), py::arg("threads"));
+}

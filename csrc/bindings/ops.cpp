@@ -1,0 +1,371 @@
+// torch.ops.fused_rnn: check, allocate, unwrap, call.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "../cpu/strategy.h"
+
+namespace fused_rnn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "fused_rnn: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (!holds) fail(parts...);
+}
+
+std::string text(const Shape& shape) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  out << ']';
+  return out.str();
+}
+
+Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: fail("input must be float32, float64, bfloat16 or float16, got ", name_of(type));
+  }
+}
+
+// A tensor argument that has passed its checks and stays alive during the call.
+Tensor checked(const Tensor& tensor, const char* name, const char* symbols, const Shape& expected, ScalarType type) {
+  check(tensor.is_cpu(), name, " must be on the CPU like the input");
+  const ScalarType got = tensor.scalar_type();
+  check(got == type, name, " must have the input's dtype ", name_of(type), ", got ", name_of(got));
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == expected.size();
+  for (size_t i = 0; same && i < expected.size(); ++i) same = sizes[i] == expected[i];
+  if (!same) fail(name, " must have shape ", symbols, " = ", text(expected), ", got ", text(shape_of(tensor)));
+  return tensor;
+}
+
+Tensor checked_contiguous(const Tensor& tensor, const char* name, const char* symbols, const Shape& expected,
+                          ScalarType type) {
+  Tensor result = checked(tensor, name, symbols, expected, type);
+  return result.is_contiguous() ? result : torch::stable::contiguous(result);
+}
+
+// A [T, B, F] argument as kernels read it: any strides, but contiguous features.
+Tensor with_contiguous_features(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A call that has been understood: sizes, and every tensor argument checked and kept alive.
+class Call {
+ public:
+  Call(const std::string& cell, const Tensor& input, const MaybeTensor& batch_sizes, const MaybeTensor& h0,
+       const MaybeTensor& c0, const std::vector<Tensor>& weights, int64_t layers, bool bidirectional, bool batch_first)
+      : kernels(cpu::find_cell(cell.c_str())), type(input.scalar_type()), dtype(dtype_of(type)),
+        batch_first_(batch_first && !batch_sizes) {
+    check(kernels, "there is no cell '", cell, "'");
+    check(input.is_cpu(), "input must be on the CPU");
+    check(layers >= 1, "num_layers must be at least 1, got ", layers);
+    stack.layers = layers;
+    stack.dirs = bidirectional ? 2 : 1;
+    read_steps(input, batch_sizes);
+    read_weights(weights);
+
+    input_ = with_contiguous_features(input);
+    stack.input = sequence(input_);
+    const Shape h_shape{stack.layers * stack.dirs, stack.steps.B, stack.R};
+    if (h0) stack.h0 = keep(checked_contiguous(*h0, "h0", "[num_layers * directions, B, R]", h_shape, type));
+    check(!c0 || has_c(), "c0 was given, but cell '", cell, "' has no c");
+    if (c0) stack.c0 = keep(checked_contiguous(*c0, "c0", "[num_layers * directions, B, H]", c_shape(), type));
+  }
+
+  bool has_c() const { return kernels->info.states > 1; }
+  Shape c_shape() const { return {stack.layers * stack.dirs, stack.steps.B, stack.H}; }
+  Shape h_shape() const { return {stack.layers * stack.dirs, stack.steps.B, stack.R}; }
+  Shape output_shape() const {
+    const int64_t features = stack.dirs * stack.R;
+    if (stack.steps.batch_sizes) return {stack.steps.N, features};
+    if (batch_first_) return {stack.steps.B, stack.steps.T, features};
+    return {stack.steps.T, stack.steps.B, features};
+  }
+  Shape saved_shape() const {
+    const int64_t slots = kernels->info.states + kernels->info.saved + (stack.projected() ? 1 : 0);
+    return {stack.layers * stack.dirs, stack.steps.N, slots * pad_units(stack.H)};
+  }
+  ScalarType saved_type() const { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+  Tensor empty(const Shape& shape, std::optional<ScalarType> of = std::nullopt) const {
+    return torch::stable::new_empty(input_, {shape.data(), shape.size()}, of);
+  }
+  Tensor zeros(const Shape& shape) const { return torch::stable::new_zeros(input_, {shape.data(), shape.size()}); }
+  Tensor nothing() const { return empty({0}); }
+
+  Sequence sequence(const Tensor& tensor) const {
+    if (stack.steps.batch_sizes) return {tensor.data_ptr(), 0, tensor.stride(0)};
+    return {tensor.data_ptr(), tensor.stride(batch_first_ ? 1 : 0), tensor.stride(batch_first_ ? 0 : 1)};
+  }
+  const void* keep(Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back().data_ptr();
+  }
+  const std::vector<Shape>& weight_shapes() const { return weight_shapes_; }
+
+  template <class Problem, class Kernel>
+  void run(Kernel kernel, const Problem& problem, const cpu::Plan& plan) {
+    Runtime runtime;
+    runtime.threads = plan.threads;
+    runtime.host = this;
+    runtime.allocate = [](void* host, size_t bytes) {
+      Call* call = static_cast<Call*>(host);
+      return const_cast<void*>(call->keep(call->empty({int64_t(bytes)}, ScalarType::Byte)));
+    };
+    runtime.parallel = [](int count, void (*body)(int, int, void*), void* argument) {
+      torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(int(begin), int(end), argument); });
+    };
+    kernel(problem, plan, runtime);
+  }
+
+  const cpu::CellKernels* kernels;
+  const ScalarType type;
+  const DType dtype;
+  Stack stack;
+
+ private:
+  void read_steps(const Tensor& input, const MaybeTensor& batch_sizes) {
+    Steps& steps = stack.steps;
+    const int64_t dim = input.dim();
+    if (!batch_sizes) {
+      check(dim == 3, "input must have 3 dimensions ", batch_first_ ? "[B, T, I]" : "[T, B, I]", ", got ", dim);
+      steps.T = input.size(batch_first_ ? 1 : 0);
+      steps.B = input.size(batch_first_ ? 0 : 1);
+      steps.N = steps.T * steps.B;
+      stack.I = input.size(2);
+      check(steps.T > 0, "Expected sequence length to be larger than 0 in RNN");
+      return;
+    }
+    check(dim == 2, "packed input must have 2 dimensions [N, I], got ", dim);
+    check(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1,
+          "batch_sizes must be a one-dimensional int64 tensor on the CPU");
+    steps.T = batch_sizes->numel();
+    check(steps.T > 0, "Expected sequence length to be larger than 0 in RNN");
+    const Tensor sizes = batch_sizes->is_contiguous() ? *batch_sizes : torch::stable::contiguous(*batch_sizes);
+    const int64_t* values = static_cast<const int64_t*>(keep(sizes));
+    stack.I = input.size(1);
+    steps.N = input.size(0);
+    steps.B = values[0];
+    offsets_.reserve(size_t(steps.T));
+    int64_t rows = 0;
+    for (int64_t t = 0; t < steps.T; ++t) {
+      check(values[t] > 0 && (t == 0 || values[t] <= values[t - 1]),
+            "batch_sizes must be positive and must not increase, got ", values[t], " at step ", t);
+      check(values[t] <= steps.N - rows, "batch_sizes add up to more than the ", steps.N, " rows of the packed input");
+      offsets_.push_back(rows);
+      rows += values[t];
+    }
+    check(rows == steps.N, "batch_sizes add up to ", rows, ", but the packed input has ", steps.N, " rows");
+    lengths_.resize(size_t(steps.B));
+    int64_t b = 0;
+    for (int64_t t = steps.T; t > 0; --t)
+      for (; b < values[t - 1]; ++b) lengths_[size_t(b)] = t;
+    steps.batch_sizes = values;
+    steps.offsets = offsets_.data();
+    steps.lengths = lengths_.data();
+  }
+
+  void read_weights(const std::vector<Tensor>& weights) {
+    const size_t planes = size_t(stack.layers * stack.dirs);
+    const size_t each = weights.size() / planes;
+    check(weights.size() % planes == 0 && each >= 2 && each <= 5, "weights must hold weight_ih, weight_hh[, bias_ih, "
+          "bias_hh][, weight_hr] for each of ", planes, " layers and directions, got ", weights.size(), " tensors");
+    const bool bias = each >= 4;
+    const bool projected = each % 2 == 1;
+    check(!projected || has_c(), "only an LSTM has a projection (weight_hr)");
+    const int64_t gates = kernels->info.gates;
+    check(weights[1].dim() == 2, "weight_hh must have 2 dimensions, got ", weights[1].dim());
+    stack.H = weights[1].size(0) / gates;
+    stack.R = weights[1].size(1);
+    check(stack.H > 0 && stack.R > 0 && stack.I > 0, "input_size and hidden_size must be greater than zero");
+    check(stack.R == stack.H || projected, "weight_hh must have shape [G*H, H], got ", text(shape_of(weights[1])));
+    check(stack.R <= stack.H, "proj_size must not be larger than hidden_size, got ", stack.R, " and ", stack.H);
+
+    const int64_t rows = gates * stack.H;
+    weights_.resize(planes);
+    for (size_t plane = 0; plane < planes; ++plane) {
+      const int64_t in = stack.input_size(int64_t(plane) / stack.dirs);
+      size_t next = plane * each;
+      const auto take = [&](const char* name, const char* symbols, const Shape& shape) {
+        weight_shapes_.push_back(shape);
+        return keep(checked_contiguous(weights[next++], name, symbols, shape, type));
+      };
+      Weights& w = weights_[plane];
+      w.ih = take("weight_ih", "[G*H, I]", {rows, in});
+      w.hh = take("weight_hh", "[G*H, R]", {rows, stack.R});
+      if (bias) {
+        w.bias_ih = take("bias_ih", "[G*H]", {rows});
+        w.bias_hh = take("bias_hh", "[G*H]", {rows});
+      }
+      if (projected) w.hr = take("weight_hr", "[R, H]", {stack.R, stack.H});
+    }
+    stack.weights = weights_.data();
+  }
+
+  const bool batch_first_;
+  Tensor input_;
+  std::vector<Tensor> kept_;
+  std::vector<Weights> weights_;
+  std::vector<Shape> weight_shapes_;
+  std::vector<int64_t> offsets_;
+  std::vector<int64_t> lengths_;
+};
+
+struct Outputs {
+  Tensor output, h_n, c_n, saved;
+};
+
+Outputs run_forward(Call& call, bool save) {
+  const Stack& stack = call.stack;
+  Outputs out{call.empty(call.output_shape()), call.empty(call.h_shape()),
+              call.has_c() ? call.empty(call.c_shape()) : call.nothing(), call.nothing()};
+  if (save) out.saved = call.empty(call.saved_shape(), call.saved_type());
+  if (stack.steps.N == 0) return out;
+
+  ForwardProblem problem;
+  static_cast<Stack&>(problem) = stack;
+  problem.output = call.sequence(out.output);
+  problem.h_n = out.h_n.data_ptr();
+  problem.c_n = call.has_c() ? out.c_n.data_ptr() : nullptr;
+  problem.saved = save ? out.saved.data_ptr() : nullptr;
+  call.run(call.kernels->forward[int(call.dtype)], problem,
+           cpu::plan_forward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> inference(std::string cell, Tensor input, MaybeTensor batch_sizes, MaybeTensor h0,
+                                             MaybeTensor c0, std::vector<Tensor> weights, int64_t num_layers,
+                                             bool bidirectional, bool batch_first) {
+  Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first);
+  Outputs out = run_forward(call, false);
+  return {out.output, out.h_n, out.c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::string cell, Tensor input, MaybeTensor batch_sizes,
+                                                   MaybeTensor h0, MaybeTensor c0, std::vector<Tensor> weights,
+                                                   int64_t num_layers, bool bidirectional, bool batch_first) {
+  Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first);
+  Outputs out = run_forward(call, true);
+  return {out.output, out.h_n, out.c_n, out.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
+    std::string cell, MaybeTensor d_output, MaybeTensor d_h_n, MaybeTensor d_c_n, Tensor input, MaybeTensor batch_sizes,
+    MaybeTensor h0, MaybeTensor c0, std::vector<Tensor> weights, Tensor saved, int64_t num_layers, bool bidirectional,
+    bool batch_first, bool need_input, bool need_state, bool need_weights) {
+  Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first);
+  const Stack& stack = call.stack;
+  BackwardProblem problem;
+  static_cast<Stack&>(problem) = stack;
+  problem.saved = call.keep(checked_contiguous(saved, "saved", "[num_layers * directions, N, slots * Hp]",
+                                               call.saved_shape(), call.saved_type()));
+  std::optional<Tensor> dy;
+  if (d_output) {
+    dy = with_contiguous_features(
+        checked(*d_output, "d_output", "that of the output", call.output_shape(), call.type));
+    problem.d_output = call.sequence(*dy);
+  }
+  if (d_h_n)
+    problem.d_h_n = call.keep(checked_contiguous(*d_h_n, "d_h_n", "that of h_n", call.h_shape(), call.type));
+  if (d_c_n && call.has_c())
+    problem.d_c_n = call.keep(checked_contiguous(*d_c_n, "d_c_n", "that of c_n", call.c_shape(), call.type));
+
+  // An empty batch has no steps to write its results.
+  const auto result = [&](bool needed, const Shape& shape) {
+    if (!needed) return call.nothing();
+    return stack.steps.N ? call.empty(shape) : call.zeros(shape);
+  };
+  Tensor d_input = result(need_input, shape_of(input));
+  Tensor d_h0 = result(need_state, call.h_shape());
+  Tensor d_c0 = result(need_state && call.has_c(), call.c_shape());
+  std::vector<Tensor> d_weights;
+  for (const Shape& shape : call.weight_shapes()) d_weights.push_back(result(need_weights, shape));
+  if (stack.steps.N == 0) return {d_input, d_h0, d_c0, d_weights};
+
+  std::vector<WeightGrads> grads;
+  if (need_weights) {
+    auto next = d_weights.begin();
+    for (int64_t plane = 0; plane < stack.layers * stack.dirs; ++plane) {
+      const Weights& w = stack.weights[plane];
+      WeightGrads& g = grads.emplace_back();
+      g.ih = next++->data_ptr();
+      g.hh = next++->data_ptr();
+      if (w.bias_ih) g.bias_ih = next++->data_ptr();
+      if (w.bias_hh) g.bias_hh = next++->data_ptr();
+      if (w.hr) g.hr = next++->data_ptr();
+    }
+    problem.d_weights = grads.data();
+  }
+  if (need_input) problem.d_input = call.sequence(d_input);
+  if (need_state) problem.d_h0 = d_h0.data_ptr();
+  if (need_state && call.has_c()) problem.d_c0 = d_c0.data_ptr();
+  call.run(call.kernels->backward[int(call.dtype)], problem,
+           cpu::plan_backward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
+  return {d_input, d_h0, d_c0, d_weights};
+}
+
+}  // namespace
+}  // namespace fused_rnn
+
+STABLE_TORCH_LIBRARY(fused_rnn, m) {
+  m.def(
+      "inference(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
+      "int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor h_n, Tensor c_n)");
+  m.def(
+      "forward(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
+      "int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)");
+  m.def(
+      "backward(str cell, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor input, Tensor? batch_sizes, "
+      "Tensor? h0, Tensor? c0, Tensor[] weights, Tensor saved, int num_layers, bool bidirectional, bool batch_first, "
+      "bool need_input, bool need_state, bool need_weights) "
+      "-> (Tensor d_input, Tensor d_h0, Tensor d_c0, Tensor[] d_weights)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("inference", TORCH_BOX(&fused_rnn::inference));
+  m.impl("forward", TORCH_BOX(&fused_rnn::forward));
+  m.impl("backward", TORCH_BOX(&fused_rnn::backward));
+}

@@ -1,0 +1,53 @@
+#pragma once
+
+#include "cell.h"
+
+namespace fused_rnn {
+
+// Gated recurrent unit (Cho et al., 2014) as torch.nn has it: the reset gate acts on the product
+// W_hn h + b_hn, not on h, so that one product serves all gates.
+//
+//   r = sigmoid(x_r + h_r)    z = sigmoid(x_z + h_z)
+//   n = tanh(x_n + r h_n)
+//   h' = (1 - z) n + z h
+struct GRU {
+  static constexpr const char* kName = "gru";
+  enum Gate { R, Z, N };
+  enum Saved { kHn = 3 };  // h_n, after the activated gates
+  static constexpr int kGates = 3;
+  static constexpr int kStates = 1;
+  static constexpr int kSaved = 4;
+  static constexpr bool kSumsGates = false;  // h_n enters as r h_n
+
+  template <class V>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* prev, V* state, V* saved) {
+    const V hn = h[N];
+    const V r = math::sigmoid(x[R] + h[R]);
+    const V z = math::sigmoid(x[Z] + h[Z]);
+    const V n = math::tanh(x[N] + r * hn);
+    state[0] = n + z * (prev[0] - n);
+    saved[R] = r;
+    saved[Z] = z;
+    saved[N] = n;
+    saved[kHn] = hn;
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void backward(const V* saved, const V* prev, const V* /*state*/,
+                                    const V* d_state, V* dx, V* dh, V* d_prev) {
+    const V r = saved[R], z = saved[Z], n = saved[N], hn = saved[kHn];
+    const V d = d_state[0];
+    const V dn = d * (1 - z) * (1 - n) * (1 + n);
+    const V dr = dn * hn * r * (1 - r);
+    const V dz = d * (prev[0] - n) * z * (1 - z);
+    dx[R] = dh[R] = dr;
+    dx[Z] = dh[Z] = dz;
+    dx[N] = dn;
+    dh[N] = dn * r;
+    d_prev[0] = d * z;
+  }
+};
+
+static_assert(Cell<GRU>);
+
+}  // namespace fused_rnn

@@ -1,0 +1,100 @@
+// What a scan is asked to do: raw pointers, sizes and strides. Knows neither torch nor a cell.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fused_rnn {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// The units of a layer are padded to this many in every buffer of our own, whatever the vector
+// length, so that no loop over units has a tail and `saved` has one shape on every machine.
+constexpr int64_t kUnitPad = 16;
+
+inline constexpr int64_t pad_units(int64_t units) { return (units + kUnitPad - 1) / kUnitPad * kUnitPad; }
+
+// The rows (t, b) of a batch of sequences, numbered in time-major order. Ragged batches are sorted by
+// length, longest first, as in PackedSequence: step t has the rows b < rows(t).
+struct Steps {
+  int64_t T = 0;
+  int64_t B = 0;
+  int64_t N = 0;                         // rows in all: T*B, or the sum of batch_sizes
+  const int64_t* batch_sizes = nullptr;  // [T], null for a dense batch
+  const int64_t* offsets = nullptr;      // [T]: rows before step t, null for a dense batch
+  const int64_t* lengths = nullptr;      // [B]: steps of sequence b, null for a dense batch
+
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
+};
+
+// A [T, B, features] tensor of any strides (in elements) with contiguous features, or packed rows.
+struct Sequence {
+  void* data = nullptr;
+  int64_t stride_t = 0;  // unused when packed
+  int64_t stride_b = 0;
+};
+
+// Parameters of one layer and direction, row-major as in torch.nn. Null where absent.
+struct Weights {
+  const void* ih = nullptr;       // [G*H, I]
+  const void* hh = nullptr;       // [G*H, R]
+  const void* bias_ih = nullptr;  // [G*H]
+  const void* bias_hh = nullptr;  // [G*H]
+  const void* hr = nullptr;       // [R, H], the projection
+};
+
+struct WeightGrads {
+  void* ih = nullptr;
+  void* hh = nullptr;
+  void* bias_ih = nullptr;
+  void* bias_hh = nullptr;
+  void* hr = nullptr;
+};
+
+// What forward and backward have in common.
+struct Stack {
+  Steps steps;
+  int64_t I = 0;       // features of the input
+  int64_t H = 0;       // units
+  int64_t R = 0;       // features of h: proj_size, or H
+  int64_t layers = 1;
+  int64_t dirs = 1;
+  Sequence input;                     // [T, B, I]
+  const void* h0 = nullptr;           // [L*D, B, R] contiguous, null for zeros
+  const void* c0 = nullptr;           // [L*D, B, H]
+  const Weights* weights = nullptr;   // [L*D]
+  bool projected() const { return weights[0].hr != nullptr; }
+  int64_t input_size(int64_t layer) const { return layer == 0 ? I : dirs * R; }
+};
+
+struct ForwardProblem : Stack {
+  Sequence output;        // [T, B, D*R]
+  void* h_n = nullptr;    // [L*D, B, R]
+  void* c_n = nullptr;    // [L*D, B, H], null for a cell without c
+  void* saved = nullptr;  // [L*D, N, slots*Hp] in the accumulation type, null in inference
+};
+
+struct BackwardProblem : Stack {
+  const void* saved = nullptr;
+  Sequence d_output;                  // [T, B, D*R]; data null when undefined
+  const void* d_h_n = nullptr;        // [L*D, B, R], null when undefined
+  const void* d_c_n = nullptr;        // [L*D, B, H]
+  Sequence d_input;                   // data null when not needed
+  void* d_h0 = nullptr;               // [L*D, B, R], null when not needed
+  void* d_c0 = nullptr;               // [L*D, B, H]
+  const WeightGrads* d_weights = nullptr;  // [L*D], null when not needed
+};
+
+// What kernels borrow from their host: threads and memory.
+struct Runtime {
+  int threads = 1;
+  // Calls body(begin, end, argument) on some threads so that every id of [0, count) is in one range.
+  void (*parallel)(int count, void (*body)(int begin, int end, void* argument), void* argument) = nullptr;
+  // Uninitialised memory that lives until the call returns.
+  void* (*allocate)(void* host, size_t bytes) = nullptr;
+  void* host = nullptr;
+};
+
+}  // namespace fused_rnn

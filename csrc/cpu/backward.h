@@ -1,0 +1,510 @@
+// The backward scan of a stack: per layer and direction, back through the steps, chunk by chunk; after each chunk
+// what is parallel over time (gradients of the weights and of the input) as large products.
+#pragma once
+
+#include "scan.h"
+
+namespace fused_rnn::cpu::FUSED_RNN_ISA {
+
+template <class Cell, class S>
+class BackwardScan {
+  using A = Accumulate<S>;
+  static constexpr int L = kLanes<A>;
+  static constexpr int G = Cell::kGates;
+  static constexpr bool kLowPrecision = sizeof(S) != sizeof(A);
+  static constexpr int64_t kPanel = kMaxVectors * L;
+  // Rows read with a stride that is a power of two fall on few cache sets; one more line avoids it.
+  static constexpr int64_t kSkew = 64 / sizeof(A);
+
+ public:
+  BackwardScan(const BackwardProblem& problem, const Plan& plan)
+      : p_(problem),
+        plan_(plan),
+        steps_(problem.steps),
+        // Reading weights in place is for the accumulation type only.
+        pack_(plan.pack || kLowPrecision),
+        Hp_(pad_units(problem.H)),
+        Rp_(pad_units(problem.R)),
+        ldg_(G * Hp_ + kSkew),
+        slots_(saved_slots<Cell>(problem)),
+        everyone_(plan.threads),
+        barriers_{Barrier(int(team_of(plan.threads, problem.dirs, 0).size())),
+                  Barrier(int(team_of(plan.threads, problem.dirs, 1).size()))} {}
+
+  void lay_out(Arena& arena) {
+    const int64_t widest = p_.layers > 1 && p_.dirs * p_.R > p_.I ? p_.dirs * p_.R : p_.I;
+    const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
+    const bool weights = p_.d_weights != nullptr;
+    for (int64_t d = 0; d < p_.dirs; ++d) {
+      Direction& dir = directions_[d];
+      dir.packed_ih = arena.take<A>(pack_ ? G * Hp_ * pad_units(widest) : 0);
+      dir.packed_hh = arena.take<A>(pack_ ? G * Hp_ * Rp_ : 0);
+      dir.packed_hr = arena.take<A>(pack_ && p_.projected() ? Rp_ * Hp_ : 0);
+      dir.h0 = arena.take<A>(steps_.B * Rp_);
+      dir.c0 = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
+      dir.dh = arena.take<A>(steps_.B * Rp_);
+      dir.dc = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
+      dir.gates_x = arena.take<A>(chunk_rows * ldg_);
+      dir.gates_h = Cell::kSumsGates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
+      dir.x = arena.take<A>(weights ? chunk_rows * (pad_units(widest) + kSkew) : 0);
+      dir.h = arena.take<A>(weights ? chunk_rows * (Rp_ + kSkew) : 0);
+      dir.d_unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
+      dir.d_projected = arena.take<A>(p_.projected() ? chunk_rows * (Rp_ + kSkew) : 0);
+      dir.d_bias_ih = arena.take<A>(weights ? G * Hp_ : 0);
+      dir.d_bias_hh = arena.take<A>(weights && !Cell::kSumsGates ? G * Hp_ : 0);
+      dir.d_ih = arena.take<A>(weights && kLowPrecision ? G * p_.H * widest : 0);
+      dir.d_hh = arena.take<A>(weights && kLowPrecision ? G * p_.H * p_.R : 0);
+      dir.d_hr = arena.take<A>(weights && kLowPrecision && p_.projected() ? p_.R * p_.H : 0);
+      // Directions add up in the gradient of their input: the second one, and where that sum would be rounded
+      // twice the first, write to memory of their own.
+      dir.d_input = arena.take<A>(p_.dirs == 2 && (d == 1 || kLowPrecision) ? steps_.N * widest : 0);
+    }
+    const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
+    between_[0] = arena.take<A>(between);
+    between_[1] = arena.take<A>(p_.layers > 2 ? between : 0);
+  }
+
+  void run(int begin, int end) {
+    for (int64_t layer = p_.layers - 1; layer >= 0; --layer) {
+      for (int64_t d = 0; d < p_.dirs; ++d) {
+        const Range team = team_of(plan_.threads, p_.dirs, d);
+        const Range mine{begin > team.begin ? begin : team.begin, end < team.end ? end : team.end};
+        if (mine.size() > 0) run_direction(layer, d, team, mine);
+      }
+      if (p_.dirs == 2 && needs_input(layer)) {
+        everyone_.wait(end - begin);
+        for (int id = begin; id < end; ++id) add_directions(layer, part_of(steps_.N, 1, id, plan_.threads));
+      }
+      if (layer > 0) everyone_.wait(end - begin);
+    }
+  }
+
+ private:
+  struct Direction {
+    A* packed_ih;      // panels of [G*Hp, I]
+    A* packed_hh;      // panels of [G*Hp, R]
+    A* packed_hr;      // panels of [Rp, H]
+    A* h0;             // [B, Rp]
+    A* c0;             // [B, Hp]
+    A* dh;             // [B, Rp]: gradient of the state between two steps
+    A* dc;             // [B, Hp]
+    A* gates_x;        // [chunk rows, ldg]: gradient of W_ih x + b_ih, gates of Hp units one after another
+    A* gates_h;        // the same of W_hh h + b_hh
+    A* x;              // [chunk rows, I + skew]
+    A* h;              // [chunk rows, R + skew]: h before each step
+    A* d_unprojected;  // [B, Hp]
+    A* d_projected;    // [chunk rows, R + skew]
+    A* d_bias_ih;      // [G*Hp]
+    A* d_bias_hh;
+    A* d_ih;           // weight gradients before they are rounded to S
+    A* d_hh;
+    A* d_hr;
+    A* d_input;        // [N, I]
+  };
+
+  struct Task {
+    int64_t layer;
+    int64_t d;
+    Direction* dir;
+    Weights weights;
+    int64_t I;
+    int64_t plane;  // layer and direction
+  };
+
+  // The steps [first, first + count) whose gate gradients are in memory together.
+  struct Chunk {
+    int64_t first;
+    int64_t count;
+    int64_t row;   // of the first step
+    int64_t rows;
+    bool is_first;  // of the sequence, as backward walks it
+  };
+
+  bool needs_input(int64_t layer) const { return layer > 0 || p_.d_input.data; }
+
+  const A* saved_row(int64_t plane, int64_t row) const {
+    return static_cast<const A*>(p_.saved) + (plane * steps_.N + row) * slots_ * Hp_;
+  }
+
+  void run_direction(int64_t layer, int64_t d, Range team, Range mine) {
+    const int64_t plane = layer * p_.dirs + d;
+    const Task task{layer, d, &directions_[d], p_.weights[plane], p_.input_size(layer), plane};
+    const auto each_member = [&](auto body) {
+      for (int64_t id = mine.begin; id < mine.end; ++id) body(member_of(p_, plan_, team, int(id)));
+    };
+    Barrier& barrier = barriers_[d];
+    const int arrivals = int(mine.size());
+
+    each_member([&](const Member& member) { prepare(task, member); });
+    barrier.wait(arrivals);
+    for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
+      const int64_t count = plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
+      const int64_t first = d == 0 ? steps_.T - done - count : done;
+      const int64_t last = first + count - 1;
+      const int64_t row = steps_.offset(first);
+      const Chunk chunk{first, count, row, steps_.offset(last) + steps_.rows(last) - row, done == 0};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t t = d == 0 ? last - i : first + i;
+        each_member([&](const Member& member) { gate_gradients(task, member, chunk, t); });
+        if (plan_.split == Split::kUnits) barrier.wait(arrivals);
+        each_member([&](const Member& member) { state_gradients(task, member, chunk, t); });
+      }
+      each_member([&](const Member& member) { stage(task, member, chunk); });
+      barrier.wait(arrivals);
+      each_member([&](const Member& member) {
+        if (p_.d_weights) weight_gradients(task, member, chunk);
+        if (needs_input(layer)) input_gradients(task, member, chunk);
+      });
+      // The next chunk overwrites what the products read.
+      barrier.wait(arrivals);
+    }
+    each_member([&](const Member& member) { finish(task, member); });
+  }
+
+  void prepare(const Task& task, const Member& member) {
+    Direction& dir = *task.dir;
+    const Weights& w = task.weights;
+    if (pack_) {
+      int64_t turn = 0;
+      const auto pack_all = [&](const void* weight, int64_t gates, int64_t units, int64_t columns, Range range,
+                                bool shared, A* packed) {
+        const int64_t K = gates * pad_units(units);
+        for_panels<A, 1>(range.begin, range.end, [&](int64_t column, int vectors) {
+          if (shared && turn++ % member.size != member.index) return;
+          pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column, vectors,
+                    packed + column * K);
+        });
+      };
+      const bool by_units = plan_.split == Split::kUnits;
+      pack_all(w.hh, G, p_.H, p_.R, by_units ? member.units : Range{0, Rp_}, !by_units, dir.packed_hh);
+      if (needs_input(task.layer)) pack_all(w.ih, G, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
+      if (p_.projected()) pack_all(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
+    }
+
+    const int64_t state = task.plane * steps_.B;
+    const auto row = [&](const void* tensor, int64_t b, int64_t n) {
+      return tensor ? static_cast<const S*>(tensor) + (state + b) * n : nullptr;
+    };
+    const Range rows = plan_.split == Split::kUnits ? part_of(steps_.B, 1, member.index, member.size) : member.rows;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      copy_row(row(p_.h0, b, p_.R), p_.R, Rp_, dir.h0 + b * Rp_);
+      copy_row(row(p_.d_h_n, b, p_.R), p_.R, Rp_, dir.dh + b * Rp_);
+      if constexpr (Cell::kStates > 1) {
+        copy_row(row(p_.c0, b, p_.H), p_.H, Hp_, dir.c0 + b * Hp_);
+        copy_row(row(p_.d_c_n, b, p_.H), p_.H, Hp_, dir.dc + b * Hp_);
+      }
+    }
+  }
+
+  int64_t alive_end(const Member& member, int64_t t) const {
+    const int64_t rows = steps_.rows(t);
+    return rows < member.rows.end ? rows : member.rows.end;
+  }
+
+  // The saved row of sequence b before step t, or -1 where the sequence starts with t.
+  int64_t row_before(const Task& task, int64_t t, int64_t b) const {
+    if (task.d == 0) return t > 0 ? steps_.offset(t - 1) + b : -1;
+    return t + 1 < steps_.T && b < steps_.rows(t + 1) ? steps_.offset(t + 1) + b : -1;
+  }
+
+  // dh += d_output[t, b] for units [begin, end).
+  void add_output_gradient(const Task& task, int64_t t, int64_t b, int64_t begin, int64_t end, A* dh) const {
+    const int64_t column = task.d * p_.R;
+    const auto add = [&](const auto* dy) {
+      for (int64_t u = begin; u < end; u += L) store(dh + u, load(dh + u) + load_partial(dy + column + u, p_.R - u));
+    };
+    if (task.layer + 1 == p_.layers) {
+      if (p_.d_output.data) add(row_of<S>(p_.d_output, steps_, t, b));
+    } else {
+      add(between_[task.layer % 2] + (steps_.offset(t) + b) * p_.dirs * p_.R);
+    }
+  }
+
+  // Through the cell: from the gradients of the states after step t to those of its gates, and of the states
+  // before it but for the part that flows through W_hh.
+  void gate_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t) {
+    Direction& dir = *task.dir;
+    const int64_t end = alive_end(member, t);
+    if (end <= member.rows.begin) return;
+    const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
+    for (int64_t b = member.rows.begin; b < end; ++b)
+      add_output_gradient(task, t, b, member.units.begin, h_end, dir.dh + b * Rp_);
+    if (p_.projected()) unproject(task, member.rows.begin, end, chunk, t);
+
+    const int64_t first_row = steps_.offset(t) - chunk.row;
+    for (int64_t b = member.rows.begin; b < end; ++b) {
+      const int64_t before = row_before(task, t, b);
+      const A* prev = before >= 0 ? saved_row(task.plane, before) : nullptr;
+      const A* h_before = prev ? prev : dir.h0 + b * Rp_;
+      const A* c_before = prev ? prev + Hp_ : Cell::kStates > 1 ? dir.c0 + b * Hp_ : nullptr;
+      apply_cell(dir, member.units, saved_row(task.plane, steps_.offset(t) + b), h_before, c_before, b,
+                 first_row + b);
+    }
+  }
+
+  void apply_cell(const Direction& dir, Range units, const A* saved_row, const A* h_before, const A* c_before,
+                  int64_t b, int64_t chunk_row) const {
+    using V = Vector<A>;
+    const bool projected = p_.projected();
+    A* dh = projected ? dir.d_unprojected + b * Hp_ : dir.dh + b * Rp_;
+    for (int64_t u = units.begin; u < units.end; u += L) {
+      V saved[Cell::kSaved + 1], prev[Cell::kStates], state[Cell::kStates], d_state[Cell::kStates];
+      V dx[G], dgh[G], d_prev[Cell::kStates];
+#pragma GCC unroll 8
+      for (int i = 0; i < Cell::kSaved; ++i) saved[i] = load(saved_row + (Cell::kStates + i) * Hp_ + u);
+#pragma GCC unroll 8
+      for (int i = 0; i < Cell::kStates; ++i) state[i] = load(saved_row + i * Hp_ + u);
+      // A projected cell (LSTM) does not read the h before it except through W_hh.
+      prev[0] = projected ? V{} : load(h_before + u);
+      d_state[0] = load(dh + u);
+      if constexpr (Cell::kStates > 1) {
+        prev[1] = load(c_before + u);
+        d_state[1] = load(dir.dc + b * Hp_ + u);
+      }
+      Cell::backward(saved, prev, state, d_state, dx, dgh, d_prev);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) {
+        store(dir.gates_x + chunk_row * ldg_ + g * Hp_ + u, dx[g]);
+        if constexpr (!Cell::kSumsGates) store(dir.gates_h + chunk_row * ldg_ + g * Hp_ + u, dgh[g]);
+      }
+      store(dh + u, d_prev[0]);
+      if constexpr (Cell::kStates > 1) store(dir.dc + b * Hp_ + u, d_prev[1]);
+    }
+  }
+
+  // Through h = W_hr m, m the cell's own output. Keeps dh of the chunk for the gradient of W_hr.
+  void unproject(const Task& task, int64_t begin, int64_t end, const Chunk& chunk, int64_t t) {
+    Direction& dir = *task.dir;
+    for_panels<A, 1>(0, Hp_, [&](int64_t column, int vectors) {
+      times(end - begin, 1, p_.R, p_.H, dir.dh + begin * Rp_, Rp_, task.weights.hr, dir.packed_hr, column, vectors,
+            nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
+    });
+    const int64_t first_row = steps_.offset(t) - chunk.row;
+    for (int64_t b = begin; b < end; ++b) {
+      copy_row<A>(dir.dh + b * Rp_, Rp_, Rp_, dir.d_projected + (first_row + b) * (Rp_ + kSkew));
+      copy_row<A>(nullptr, 0, Rp_, dir.dh + b * Rp_);
+    }
+  }
+
+  // out[m, column...] = a[m, :] W + add for one panel of columns of W[gates*units, N].
+  void times(int64_t rows, int64_t gates, int64_t units, int64_t N, const A* a, int64_t lda, const void* w,
+             const A* packed, int64_t column, int vectors, const A* add, int64_t ld_add, A* out, int64_t ldo) const {
+    const int64_t padded = pad_units(units);
+    if constexpr (!kLowPrecision)
+      if (!pack_)
+        return times_rows<A>(rows, gates, units, padded, N, a, lda, static_cast<const A*>(w), column, vectors, add,
+                             ld_add, out, ldo);
+    const int64_t K = gates * padded;
+    for_row_tiles<A, Left::kRows>(rows, vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
+      tile(K, a + m * lda, lda, packed + column * K, vectors * L, add ? add + m * ld_add : nullptr, ld_add,
+           out + m * ldo, ldo);
+    });
+  }
+
+  // dh += dgates W_hh for this member's units.
+  void state_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t) {
+    Direction& dir = *task.dir;
+    const int64_t rows = alive_end(member, t) - member.rows.begin;
+    if (rows <= 0) return;
+    const A* gates = dir.gates_h + (steps_.offset(t) - chunk.row + member.rows.begin) * ldg_;
+    A* dh = dir.dh + member.rows.begin * Rp_;
+    const Range columns = p_.projected() ? Range{0, Rp_} : member.units;
+    for_panels<A, 1>(columns.begin, columns.end, [&](int64_t column, int vectors) {
+      times(rows, G, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column, vectors, dh + column, Rp_,
+            dh + column, Rp_);
+    });
+  }
+
+  // Right operands of the weight gradients: x and the h before each step, as rows of their own.
+  void stage(const Task& task, const Member& member, const Chunk& chunk) {
+    if (!p_.d_weights) return;
+    Direction& dir = *task.dir;
+    const int64_t ldx = pad_units(task.I) + kSkew;
+    for (int64_t t = chunk.first; t < chunk.first + chunk.count; ++t) {
+      const Range part = part_of(steps_.rows(t), 1, member.index, member.size);
+      for (int64_t b = part.begin; b < part.end; ++b) {
+        const int64_t row = steps_.offset(t) + b;
+        A* x = dir.x + (row - chunk.row) * ldx;
+        if (task.layer == 0) {
+          copy_row(row_of<const S>(p_.input, steps_, t, b), task.I, pad_units(task.I), x);
+        } else {
+          // h of the layer below, where saved has it. Its directions meet without a gap.
+          for (int64_t d = 0; d < p_.dirs; ++d) {
+            const A* h = saved_row((task.layer - 1) * p_.dirs + d, row);
+            for (int64_t u = 0; u < p_.R; u += L) store_partial(x + d * p_.R + u, load(h + u), p_.R - u);
+          }
+          for (int64_t u = task.I; u < pad_units(task.I); ++u) x[u] = 0;
+        }
+        const int64_t before = row_before(task, t, b);
+        copy_row(before >= 0 ? saved_row(task.plane, before) : dir.h0 + b * Rp_, p_.R, Rp_,
+                 dir.h + (row - chunk.row) * (Rp_ + kSkew));
+      }
+    }
+  }
+
+  // Where a gradient is accumulated: in the tensor itself, or before rounding in memory of our own.
+  static A* accumulator(void* tensor, A* own) { return kLowPrecision ? own : static_cast<A*>(tensor); }
+
+  void weight_gradients(const Task& task, const Member& member, const Chunk& chunk) {
+    Direction& dir = *task.dir;
+    const WeightGrads& grads = p_.d_weights[task.plane];
+    const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
+    outer_product(chunk, G, p_.H, units, dir.gates_x, ldg_, dir.x, pad_units(task.I) + kSkew, task.I,
+                  accumulator(grads.ih, dir.d_ih));
+    outer_product(chunk, G, p_.H, units, dir.gates_h, ldg_, dir.h, Rp_ + kSkew, p_.R, accumulator(grads.hh, dir.d_hh));
+    if (p_.projected())
+      outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size), dir.d_projected, Rp_ + kSkew,
+                    saved_row(task.plane, chunk.row) + (slots_ - 1) * Hp_, slots_ * Hp_, p_.H,
+                    accumulator(grads.hr, dir.d_hr));
+    if (grads.bias_ih) {
+      sum_rows(chunk, units, dir.gates_x, dir.d_bias_ih);
+      if constexpr (!Cell::kSumsGates) sum_rows(chunk, units, dir.gates_h, dir.d_bias_hh);
+    }
+  }
+
+  // out[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`.
+  static void outer_product(const Chunk& chunk, int64_t gates, int64_t units, Range range, const A* left, int64_t ld_left,
+                            const A* right, int64_t ld_right, int64_t N, A* out) {
+    const int64_t rows = (range.end < units ? range.end : units) - range.begin;
+    if (rows <= 0) return;
+    alignas(64) A edge[kMaxRows * kPanel];
+    for_panels<A, 1>(0, pad_units(N), [&](int64_t column, int vectors) {
+      const bool whole = column + vectors * L <= N;
+      for (int64_t g = 0; g < gates; ++g)
+        for_row_tiles<A, Left::kColumns>(rows, vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
+          const A* a = left + g * pad_units(units) + range.begin + m;
+          A* c = out + (g * units + range.begin + m) * N + column;
+          const A* add = chunk.is_first ? nullptr : c;
+          if (whole) return tile(chunk.rows, a, ld_left, right + column, ld_right, add, N, c, N);
+          tile(chunk.rows, a, ld_left, right + column, ld_right, nullptr, 0, edge, kPanel);
+          for (int64_t i = 0; i < height; ++i)
+            for (int64_t n = column; n < N; n += L) {
+              Vector<A> sum = load(edge + i * kPanel + n - column);
+              if (add) sum += load_partial(add + i * N + n - column, N - n);
+              store_partial(c + i * N + n - column, sum, N - n);
+            }
+        });
+    });
+  }
+
+  void sum_rows(const Chunk& chunk, Range units, const A* gates, A* out) const {
+    for (int g = 0; g < G; ++g)
+      for (int64_t u = units.begin; u < units.end; u += L) {
+        Vector<A> sum{};
+        for (int64_t row = 0; row < chunk.rows; ++row) sum += load(gates + row * ldg_ + g * Hp_ + u);
+        A* total = out + g * Hp_ + u;
+        store(total, chunk.is_first ? sum : sum + load(total));
+      }
+  }
+
+  // Where the input gradient of direction d goes: into memory of our own (rows of I), or into the result.
+  A* own_input_gradient(const Task& task) const {
+    if (task.dir->d_input) return task.dir->d_input;
+    return task.layer > 0 ? between_[(task.layer - 1) % 2] : nullptr;
+  }
+
+  void input_gradients(const Task& task, const Member& member, const Chunk& chunk) {
+    Direction& dir = *task.dir;
+    const Range part = part_of(chunk.rows, 1, member.index, member.size);
+    A* own = own_input_gradient(task);
+    alignas(64) A tile_out[kMaxRows * kPanel];
+    for_panels<A, 1>(0, pad_units(task.I), [&](int64_t column, int vectors) {
+      int64_t t = chunk.first;
+      for (int64_t row = part.begin; row < part.end; row += kMaxRows) {
+        const int64_t height = part.end - row < kMaxRows ? part.end - row : kMaxRows;
+        times(height, G, p_.H, task.I, dir.gates_x + row * ldg_, ldg_, task.weights.ih, dir.packed_ih, column, vectors,
+              nullptr, 0, tile_out, kPanel);
+        for (int64_t i = 0; i < height; ++i) {
+          const int64_t global = chunk.row + row + i;
+          const A* from = tile_out + i * kPanel - column;
+          if (own) {
+            store_row<A>(from, column, column + vectors * L, task.I, own + global * task.I);
+          } else {
+            while (global >= steps_.offset(t) + steps_.rows(t)) ++t;
+            store_row<S>(from, column, column + vectors * L, task.I,
+                         row_of<S>(p_.d_input, steps_, t, global - steps_.offset(t)));
+          }
+        }
+      }
+    });
+  }
+
+  // The input's gradient is the sum of both directions'.
+  void add_directions(int64_t layer, Range rows) {
+    const int64_t I = p_.input_size(layer);
+    int64_t t = 0;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const auto add = [&](const auto* first, auto* out) {
+        const A* second = directions_[1].d_input + row * I;
+        for (int64_t i = 0; i < I; i += L)
+          store_partial(out + i, load_partial(first + i, I - i) + load_partial(second + i, I - i), I - i);
+      };
+      const A* own = directions_[0].d_input ? directions_[0].d_input + row * I : nullptr;
+      if (layer > 0) {
+        A* out = between_[(layer - 1) % 2] + row * I;
+        own ? add(own, out) : add(static_cast<const A*>(out), out);
+      } else {
+        while (row >= steps_.offset(t) + steps_.rows(t)) ++t;
+        S* out = row_of<S>(p_.d_input, steps_, t, row - steps_.offset(t));
+        own ? add(own, out) : add(static_cast<const S*>(out), out);
+      }
+    }
+  }
+
+  void finish(const Task& task, const Member& member) {
+    const Direction& dir = *task.dir;
+    const int64_t state = task.plane * steps_.B;
+    const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
+    for (int64_t b = member.rows.begin; b < member.rows.end; ++b) {
+      if (p_.d_h0)
+        store_row(dir.dh + b * Rp_, member.units.begin, h_end, p_.R, static_cast<S*>(p_.d_h0) + (state + b) * p_.R);
+      if constexpr (Cell::kStates > 1)
+        if (p_.d_c0)
+          store_row(dir.dc + b * Hp_, member.units.begin, member.units.end, p_.H,
+                    static_cast<S*>(p_.d_c0) + (state + b) * p_.H);
+    }
+    if (!p_.d_weights) return;
+    const WeightGrads& grads = p_.d_weights[task.plane];
+    const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
+    if (grads.bias_ih)
+      for (int64_t g = 0; g < G; ++g) {
+        const A* d_bias_hh = Cell::kSumsGates ? dir.d_bias_ih : dir.d_bias_hh;
+        store_row(dir.d_bias_ih + g * Hp_, units.begin, units.end, p_.H, static_cast<S*>(grads.bias_ih) + g * p_.H);
+        store_row(d_bias_hh + g * Hp_, units.begin, units.end, p_.H, static_cast<S*>(grads.bias_hh) + g * p_.H);
+      }
+    if constexpr (kLowPrecision) {
+      const auto round_rows = [](const A* own, void* tensor, int64_t gates, int64_t height, Range range, int64_t N) {
+        const int64_t end = range.end < height ? range.end : height;
+        for (int64_t g = 0; g < gates; ++g)
+          for (int64_t row = g * height + range.begin; row < g * height + end; ++row)
+            for (int64_t i = 0; i < N; i += L)
+              store_partial(static_cast<S*>(tensor) + row * N + i, load_partial(own + row * N + i, N - i), N - i);
+      };
+      round_rows(dir.d_ih, grads.ih, G, p_.H, units, task.I);
+      round_rows(dir.d_hh, grads.hh, G, p_.H, units, p_.R);
+      if (p_.projected())
+        round_rows(dir.d_hr, grads.hr, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size), p_.H);
+    }
+  }
+
+  const BackwardProblem& p_;
+  const Plan plan_;
+  const Steps& steps_;
+  const bool pack_;
+  const int64_t Hp_;
+  const int64_t Rp_;
+  const int64_t ldg_;
+  const int64_t slots_;
+  Barrier everyone_;
+  Barrier barriers_[2];
+  Direction directions_[2];
+  A* between_[2];  // [N, D*R]: gradient of a layer's output
+};
+
+template <class Cell, class S>
+void backward(const BackwardProblem& problem, const Plan& plan, const Runtime& runtime) {
+  BackwardScan<Cell, S> scan(problem, plan);
+  run_scan(scan, plan.threads, runtime);
+}
+
+}  // namespace fused_rnn::cpu::FUSED_RNN_ISA

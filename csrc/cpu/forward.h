@@ -1,0 +1,359 @@
+// The forward scan of a stack: per layer and direction, the input product of a chunk of steps, then step by step
+// the recurrent product with the cell applied to each tile while it is in L1.
+#pragma once
+
+#include "scan.h"
+
+namespace fused_rnn::cpu::FUSED_RNN_ISA {
+
+template <class Cell, class S>
+class ForwardScan {
+  using A = Accumulate<S>;
+  static constexpr int L = kLanes<A>;
+  static constexpr int G = Cell::kGates;
+  static constexpr int kPanelWidth = kMaxVectors * L;
+
+ public:
+  ForwardScan(const ForwardProblem& problem, const Plan& plan)
+      : p_(problem),
+        plan_(plan),
+        steps_(problem.steps),
+        Hp_(pad_units(problem.H)),
+        Rp_(pad_units(problem.R)),
+        slots_(saved_slots<Cell>(problem)),
+        everyone_(plan.threads),
+        barriers_{Barrier(int(team_of(plan.threads, problem.dirs, 0).size())),
+                  Barrier(int(team_of(plan.threads, problem.dirs, 1).size()))} {}
+
+  void lay_out(Arena& arena) {
+    const int64_t widest = p_.layers > 1 && p_.dirs * p_.R > p_.I ? p_.dirs * p_.R : p_.I;
+    const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
+    const int64_t stagers = plan_.split == Split::kUnits ? team_of(plan_.threads, p_.dirs, 0).size() : 1;
+    for (int64_t d = 0; d < p_.dirs; ++d) {
+      Direction& dir = directions_[d];
+      dir.packed_ih = arena.take<A>(plan_.pack ? G * Hp_ * widest : 0);
+      dir.packed_hh = arena.take<A>(plan_.pack ? G * Hp_ * p_.R : 0);
+      dir.packed_hr = arena.take<A>(plan_.pack && p_.projected() ? Rp_ * p_.H : 0);
+      dir.bias_ih = arena.take<A>(G * Hp_);
+      dir.bias_hh = arena.take<A>(G * Hp_);
+      dir.h[0] = arena.take<A>(steps_.B * Rp_);
+      dir.h[1] = arena.take<A>(steps_.B * Rp_);
+      dir.c = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
+      dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
+      dir.gates_x = arena.take<A>(chunk_rows * G * Hp_);
+      dir.staged = arena.take<A>(stagers * chunk_rows * widest);
+      dir.chunk_offsets = arena.take<int64_t>(team_of(plan_.threads, p_.dirs, d).size() * (plan_.chunk_steps + 1));
+    }
+    const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
+    between_[0] = arena.take<S>(between);
+    between_[1] = arena.take<S>(p_.layers > 2 ? between : 0);
+  }
+
+  void run(int begin, int end) {
+    for (int64_t layer = 0; layer < p_.layers; ++layer) {
+      for (int64_t d = 0; d < p_.dirs; ++d) {
+        const Range team = team_of(plan_.threads, p_.dirs, d);
+        const Range mine{begin > team.begin ? begin : team.begin, end < team.end ? end : team.end};
+        if (mine.size() > 0) run_direction(layer, d, team, mine);
+      }
+      // The next layer reads both directions' output, and packs into the memory that this one uses.
+      if (layer + 1 < p_.layers) everyone_.wait(end - begin);
+    }
+  }
+
+ private:
+  struct Direction {
+    A* packed_ih;            // panels of [I, G*Hp]
+    A* packed_hh;            // panels of [R, G*Hp]
+    A* packed_hr;            // panels of [H, Rp]
+    A* bias_ih;              // [G*Hp] in panel order
+    A* bias_hh;
+    A* h[2];                 // [B, Rp]: read at one step, written at the next
+    A* c;                    // [B, Hp]
+    A* unprojected;          // [B, Hp]
+    A* gates_x;              // [chunk rows, G*Hp] in panel order
+    A* staged;               // [chunk rows, I]
+    int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each of its steps
+  };
+
+  // What one direction of one layer works on.
+  struct Task {
+    int64_t layer;
+    int64_t d;
+    Direction* dir;
+    Weights weights;
+    int64_t I;
+    Sequence input;
+    Sequence output;
+  };
+
+  Sequence between(int64_t layer) const {
+    const int64_t features = p_.dirs * p_.R;
+    return {between_[layer % 2], steps_.B * features, features};
+  }
+
+  void run_direction(int64_t layer, int64_t d, Range team, Range mine) {
+    Task task{layer, d, &directions_[d], p_.weights[layer * p_.dirs + d], p_.input_size(layer),
+              layer == 0 ? p_.input : between(layer - 1), layer + 1 == p_.layers ? p_.output : between(layer)};
+    const auto each_member = [&](auto body) {
+      for (int64_t id = mine.begin; id < mine.end; ++id) body(member_of(p_, plan_, team, int(id)));
+    };
+    Barrier& barrier = barriers_[d];
+    const int arrivals = int(mine.size());
+
+    each_member([&](const Member& member) { prepare(task, member); });
+    // Members of a row split share the packed weights. Members of a unit split pack their own, but read all of h.
+    barrier.wait(arrivals);
+    for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
+      const int64_t count = plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
+      const int64_t first = d == 0 ? done : steps_.T - done - count;
+      each_member([&](const Member& member) { input_product(task, member, first, count); });
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t t = d == 0 ? first + i : first + count - 1 - i;
+        each_member([&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
+        if (plan_.split == Split::kUnits) barrier.wait(arrivals);
+      }
+    }
+    each_member([&](const Member& member) { finish(task, member); });
+  }
+
+  void prepare(const Task& task, const Member& member) {
+    Direction& dir = *task.dir;
+    const Weights& w = task.weights;
+    const bool shared = plan_.split != Split::kUnits;
+    int64_t turn = 0;
+    for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
+      if (shared && turn++ % member.size != member.index) return;
+      pack_bias<S, G>(static_cast<const S*>(w.bias_ih), p_.H, unit, vectors, dir.bias_ih + unit * G);
+      pack_bias<S, G>(static_cast<const S*>(w.bias_hh), p_.H, unit, vectors, dir.bias_hh + unit * G);
+      if (!plan_.pack) return;
+      pack_transposed<S, G>(static_cast<const S*>(w.ih), p_.H, task.I, unit, vectors, dir.packed_ih + unit * G * task.I);
+      pack_transposed<S, G>(static_cast<const S*>(w.hh), p_.H, p_.R, unit, vectors, dir.packed_hh + unit * G * p_.R);
+    });
+    if (plan_.pack && p_.projected())
+      for_panels<A, 1>(0, Rp_, [&](int64_t unit, int vectors) {
+        if (turn++ % member.size != member.index) return;
+        pack_transposed<S, 1>(static_cast<const S*>(w.hr), p_.R, p_.H, unit, vectors, dir.packed_hr + unit * p_.H);
+      });
+
+    // Both buffers of h start from h0: in a ragged batch the reverse direction meets new sequences at any step.
+    const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B;
+    const S* h0 = static_cast<const S*>(p_.h0);
+    const S* c0 = static_cast<const S*>(p_.c0);
+    const Range rows = plan_.split == Split::kUnits ? part_of(steps_.B, 1, member.index, member.size) : member.rows;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      for (A* h : dir.h) copy_row(h0 ? h0 + (state + b) * p_.R : nullptr, p_.R, Rp_, h + b * Rp_);
+      if constexpr (Cell::kStates > 1)
+        copy_row(c0 ? c0 + (state + b) * p_.H : nullptr, p_.H, Hp_, dir.c + b * Hp_);
+    }
+  }
+
+  // A member's sequences that are alive at step t.
+  int64_t alive(const Member& member, int64_t t) const {
+    const int64_t rows = steps_.rows(t);
+    const int64_t end = rows < member.rows.end ? rows : member.rows.end;
+    return end > member.rows.begin ? end - member.rows.begin : 0;
+  }
+
+  A* gates_x(const Task& task, const Member& member) const {
+    return task.dir->gates_x + member.rows.begin * plan_.chunk_steps * G * Hp_;
+  }
+
+  // gates_x[row, :] = W_ih x[row] + b_ih for this member's rows of steps [first, first + count).
+  void input_product(const Task& task, const Member& member, int64_t first, int64_t count) {
+    const Direction& dir = *task.dir;
+    int64_t* offsets = dir.chunk_offsets + member.index * (plan_.chunk_steps + 1);
+    offsets[0] = 0;
+    for (int64_t i = 0; i < count; ++i) offsets[i + 1] = offsets[i] + alive(member, first + i);
+    const int64_t rows = offsets[count];
+    if (rows == 0) return;
+
+    const A* x = nullptr;
+    int64_t ldx = 0;
+    if constexpr (sizeof(S) == sizeof(A)) {
+      const bool everyone = member.rows.size() == steps_.B;
+      if (everyone && (steps_.offsets || task.input.stride_t == steps_.B * task.input.stride_b || count == 1)) {
+        x = row_of<S>(task.input, steps_, first, 0);
+        ldx = task.input.stride_b;
+      } else if (count == 1 || (member.rows.size() == 1 && !steps_.offsets)) {
+        x = row_of<S>(task.input, steps_, first, member.rows.begin);
+        ldx = count == 1 ? task.input.stride_b : task.input.stride_t;
+      }
+    }
+    if (!x) {
+      const int64_t place = plan_.split == Split::kUnits ? member.index * steps_.B : member.rows.begin;
+      A* staged = dir.staged + place * plan_.chunk_steps * task.I;
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t m = 0; m < offsets[i + 1] - offsets[i]; ++m)
+          stage(row_of<S>(task.input, steps_, first + i, member.rows.begin + m), task.I,
+                staged + (offsets[i] + m) * task.I);
+      x = staged;
+      ldx = task.I;
+    }
+
+    A* gates = gates_x(task, member);
+    for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
+      product<G>(rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H, dir.packed_ih, unit, vectors,
+                 dir.bias_ih + unit * G, gates + unit * G, G * Hp_);
+    });
+  }
+
+  static void stage(const S* src, int64_t n, A* dst) {
+    for (int64_t i = 0; i < n; i += L) store_partial(dst + i, load_partial(src + i, n - i), n - i);
+  }
+
+  // out[m, panel] = x[m, :] W^T + bias for one panel of units.
+  template <int gates>
+  void product(int64_t rows, int64_t K, const A* x, int64_t ldx, const S* w, int64_t units, const A* packed,
+               int64_t unit, int vectors, const A* bias, A* out, int64_t ldo) const {
+    if (!plan_.pack) return dot<S, gates>(rows, K, x, ldx, w, units, unit, vectors, bias, out, ldo);
+    const int64_t width = int64_t(gates) * vectors * L;
+    for_row_tiles<A, Left::kRows>(rows, gates * vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
+      tile(K, x + m * ldx, ldx, packed + unit * gates * K, width, bias, 0, out + m * ldo, ldo);
+    });
+  }
+
+  void step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk, int64_t parity) {
+    const Direction& dir = *task.dir;
+    const int64_t rows = alive(member, t);
+    if (rows == 0) return;
+    const int64_t first = member.rows.begin;
+    const A* h = dir.h[parity] + first * Rp_;
+    A* h_next = dir.h[1 - parity] + first * Rp_;
+    const int64_t offset = dir.chunk_offsets[member.index * (plan_.chunk_steps + 1) + index_in_chunk];
+    const A* gates_x = this->gates_x(task, member) + offset * G * Hp_;
+    const Row row{task, t, first};
+
+    alignas(64) A tile_out[kMaxRows * kPanelWidth];
+    for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
+      const int64_t width = int64_t(G) * vectors * L;
+      const A* bias = dir.bias_hh + unit * G;
+      const auto finish_tile = [&](int64_t m, int64_t height) {
+        for (int64_t i = 0; i < height; ++i)
+          for (int v = 0; v < vectors; ++v)
+            apply_cell(row, m + i, unit + v * L, gates_x + (m + i) * G * Hp_ + unit * G + v * L,
+                       tile_out + i * width + v * L, vectors * L, h, h_next);
+      };
+      if (plan_.pack) {
+        for_row_tiles<A, Left::kRows>(rows, G * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
+          tile(p_.R, h + m * Rp_, Rp_, dir.packed_hh + unit * G * p_.R, width, bias, 0, tile_out, width);
+          finish_tile(m, height);
+        });
+      } else {
+        for (int64_t m = 0; m < rows; m += kMaxRows) {
+          const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+          dot<S, G>(height, p_.R, h + m * Rp_, Rp_, static_cast<const S*>(task.weights.hh), p_.H, unit, vectors, bias,
+                    tile_out, width);
+          finish_tile(m, height);
+        }
+      }
+    });
+    if (p_.projected()) project(row, rows, h_next);
+  }
+
+  // The rows of one step: row m of a member is sequence first + m.
+  struct Row {
+    const Task& task;
+    int64_t t;
+    int64_t first;
+  };
+
+  A* saved_row(const Row& row, int64_t m) const {
+    const int64_t plane = (row.task.layer * p_.dirs + row.task.d) * steps_.N;
+    return static_cast<A*>(p_.saved) + (plane + steps_.offset(row.t) + row.first + m) * slots_ * Hp_;
+  }
+
+  // One vector of units of one sequence: gates in, states out.
+  FUSED_RNN_INLINE void apply_cell(const Row& row, int64_t m, int64_t unit, const A* gates_x, const A* gates_h,
+                                   int gate_stride, const A* h, A* h_next) const {
+    using V = Vector<A>;
+    V x[G], gh[G], prev[Cell::kStates], state[Cell::kStates], saved[Cell::kSaved + 1];
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      x[g] = load(gates_x + g * gate_stride);
+      gh[g] = load(gates_h + g * gate_stride);
+    }
+    const Direction& dir = *row.task.dir;
+    A* c = dir.c + (row.first + m) * Hp_ + unit;
+    prev[0] = unit < Rp_ ? load(h + m * Rp_ + unit) : V{};
+    if constexpr (Cell::kStates > 1) prev[1] = load(c);
+    Cell::forward(x, gh, prev, state, saved);
+    if constexpr (Cell::kStates > 1) store(c, state[1]);
+    if (p_.projected()) {
+      store(dir.unprojected + (row.first + m) * Hp_ + unit, state[0]);
+    } else {
+      state[0] = emit_h(row, m, unit, state[0], h_next);
+    }
+    if (p_.saved) {
+      A* slot = saved_row(row, m) + unit;
+      store(p_.projected() ? slot + (slots_ - 1) * Hp_ : slot, state[0]);
+#pragma GCC unroll 8
+      for (int i = 1; i < Cell::kStates; ++i) store(slot + i * Hp_, state[i]);
+#pragma GCC unroll 8
+      for (int i = 0; i < Cell::kSaved; ++i) store(slot + (Cell::kStates + i) * Hp_, saved[i]);
+    }
+  }
+
+  // h goes to the output, and on to the next step as the output holds it.
+  FUSED_RNN_INLINE Vector<A> emit_h(const Row& row, int64_t m, int64_t unit, Vector<A> h, A* h_next) const {
+    h = round_to<S>(h);
+    store(h_next + m * Rp_ + unit, h);
+    S* y = row_of<S>(row.task.output, steps_, row.t, row.first + m) + row.task.d * p_.R + unit;
+    store_partial(y, h, p_.R - unit);
+    return h;
+  }
+
+  // h = W_hr (o tanh c), for an LSTM with projection.
+  void project(const Row& row, int64_t rows, A* h_next) const {
+    const Direction& dir = *row.task.dir;
+    alignas(64) A tile_out[kMaxRows * kPanelWidth];
+    alignas(64) const A zeros[kPanelWidth] = {};
+    for_panels<A, 1>(0, Rp_, [&](int64_t unit, int vectors) {
+      for (int64_t m = 0; m < rows; m += kMaxRows) {
+        const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+        product<1>(height, p_.H, dir.unprojected + (row.first + m) * Hp_, Hp_,
+                   static_cast<const S*>(row.task.weights.hr), p_.R, dir.packed_hr, unit, vectors, zeros, tile_out,
+                   vectors * L);
+        for (int64_t i = 0; i < height; ++i)
+          for (int v = 0; v < vectors; ++v) {
+            const Vector<A> h =
+                emit_h(row, m + i, unit + v * L, load(tile_out + (i * vectors + v) * L), h_next);
+            if (p_.saved) store(saved_row(row, m + i) + unit + v * L, h);
+          }
+      }
+    });
+  }
+
+  void finish(const Task& task, const Member& member) {
+    const Direction& dir = *task.dir;
+    const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B;
+    const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
+    for (int64_t b = member.rows.begin; b < member.rows.end; ++b) {
+      // Forwards a sequence ends with its own last step, backwards all end with step 0.
+      const int64_t parity = (task.d == 0 ? steps_.length(b) : steps_.T) % 2;
+      store_row(dir.h[parity] + b * Rp_, member.units.begin, h_end, p_.R, static_cast<S*>(p_.h_n) + (state + b) * p_.R);
+      if constexpr (Cell::kStates > 1)
+        store_row(dir.c + b * Hp_, member.units.begin, member.units.end, p_.H,
+                  static_cast<S*>(p_.c_n) + (state + b) * p_.H);
+    }
+  }
+
+  const ForwardProblem& p_;
+  const Plan plan_;
+  const Steps& steps_;
+  const int64_t Hp_;
+  const int64_t Rp_;
+  const int64_t slots_;
+  Barrier everyone_;
+  Barrier barriers_[2];
+  Direction directions_[2];
+  S* between_[2];  // [N, D*R]: output of a layer, input of the next
+};
+
+template <class Cell, class S>
+void forward(const ForwardProblem& problem, const Plan& plan, const Runtime& runtime) {
+  ForwardScan<Cell, S> scan(problem, plan);
+  run_scan(scan, plan.threads, runtime);
+}
+
+}  // namespace fused_rnn::cpu::FUSED_RNN_ISA

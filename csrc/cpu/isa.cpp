@@ -1,0 +1,74 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <strings.h>
+
+namespace fused_rnn::cpu {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Isa kIsa;
+}
+namespace avx2 {
+extern const Isa kIsa;
+}
+#endif
+namespace baseline {
+extern const Isa kIsa;
+}
+
+namespace {
+
+const Isa* const kCompiled[] = {
+#if defined(__x86_64__)
+    &avx512::kIsa,
+    &avx2::kIsa,
+#endif
+    &baseline::kIsa,
+};
+constexpr int kCount = int(sizeof(kCompiled) / sizeof(kCompiled[0]));
+
+bool runs_here(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (!std::strcmp(name, "avx2")) return avx2;
+  if (!std::strcmp(name, "avx512"))
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+  return !std::strcmp(name, "baseline");
+}
+
+const Isa& choose() {
+  // torch's own switch; like torch, an unknown value changes nothing.
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  if (wanted && !strcasecmp(wanted, "default")) wanted = "baseline";
+  int widest = 0;
+  for (int i = 0; wanted && i < kCount; ++i)
+    if (!strcasecmp(wanted, kCompiled[i]->name)) widest = i;
+  while (widest + 1 < kCount && !runs_here(kCompiled[widest]->name)) ++widest;
+  return *kCompiled[widest];
+}
+
+}  // namespace
+
+const Isa* const* compiled_isas(int* count) {
+  *count = kCount;
+  return kCompiled;
+}
+
+const Isa& chosen_isa() {
+  static const Isa& isa = choose();
+  return isa;
+}
+
+const CellKernels* find_cell(const char* name) {
+  const Isa& isa = chosen_isa();
+  for (int i = 0; i < isa.cell_count; ++i)
+    if (!std::strcmp(isa.cells[i].info.name, name)) return &isa.cells[i];
+  return nullptr;
+}
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,54 @@
+// The kernels of each instruction set, and which set this process uses.
+#pragma once
+
+#include "../core/problem.h"
+#include "strategy.h"
+
+namespace fused_rnn::cpu {
+
+struct CellInfo {
+  const char* name;
+  int gates;
+  int states;
+  int saved;
+};
+
+// The pointwise functions as the scan runs them, for tests: arrays of n values per gate, state or saved value.
+template <class A>
+struct CellFunctions {
+  void (*forward)(int64_t n, const A* x, const A* h, const A* prev, A* state, A* saved);
+  void (*backward)(int64_t n, const A* saved, const A* prev, const A* state, const A* d_state, A* dx, A* dh, A* d_prev);
+};
+
+struct CellKernels {
+  CellInfo info;
+  void (*forward[4])(const ForwardProblem&, const Plan&, const Runtime&);    // [DType]
+  void (*backward[4])(const BackwardProblem&, const Plan&, const Runtime&);
+  CellFunctions<float> as_float;
+  CellFunctions<double> as_double;
+};
+
+struct MathFunctions {
+  const char* name;
+  void (*as_float)(int64_t n, const float* x, float* y);
+  void (*as_double)(int64_t n, const double* x, double* y);
+};
+
+struct Isa {
+  const char* name;
+  const CellKernels* cells;
+  int cell_count;
+  const MathFunctions* math;
+  int math_count;
+};
+
+// Compiled sets, widest first.
+const Isa* const* compiled_isas(int* count);
+
+// The widest set this machine runs, no wider than ATEN_CPU_CAPABILITY asks for. Decided once.
+const Isa& chosen_isa();
+
+// Null where there is no such cell.
+const CellKernels* find_cell(const char* name);
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,219 @@
+// The vector of the instruction set this translation unit is compiled for, and how elements of each
+// storage type are loaded into it. Built from the compiler's vector extensions, so one source serves
+// every set; only half-precision conversion and partial access name instructions.
+#pragma once
+
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#include <utility>  // integer_sequence: a type, nothing is compiled from it
+
+#include "../core/platform.h"
+
+// A translation unit defines FUSED_RNN_ISA (avx512, avx2, baseline) before including this. Everything
+// compiled under its flags lives in a namespace of that name: two units never share a symbol.
+#ifndef FUSED_RNN_ISA
+#error "define FUSED_RNN_ISA"
+#endif
+
+namespace fused_rnn::cpu::FUSED_RNN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type in which a storage type is computed.
+template <class S>
+struct AccumulateImpl {
+  using type = float;
+};
+template <>
+struct AccumulateImpl<double> {
+  using type = double;
+};
+template <class S>
+using Accumulate = typename AccumulateImpl<S>::type;
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef uint64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+template <class A>
+FUSED_RNN_INLINE Vector<A> load(const A* p) {
+  return *reinterpret_cast<const typename VectorOf<A>::unaligned*>(p);
+}
+template <class A>
+FUSED_RNN_INLINE void store(A* p, Vector<A> v) {
+  *reinterpret_cast<typename VectorOf<A>::unaligned*>(p) = v;
+}
+
+typedef uint32_t U32Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t U16Vector __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t U16Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+FUSED_RNN_INLINE Vector<float> load(const BFloat16* p) {
+  const U16Vector half = *reinterpret_cast<const U16Unaligned*>(p);
+  return reinterpret_cast<Vector<float>>(__builtin_convertvector(half, U32Vector) << 16);
+}
+
+// Round to nearest even; a NaN stays a NaN (adding the rounding bias could carry it to infinity).
+FUSED_RNN_INLINE void store(BFloat16* p, Vector<float> v) {
+  const U32Vector bits = reinterpret_cast<U32Vector>(v);
+  const U32Vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32Vector nan = (bits >> 16) | 0x40;
+  const U32Vector is_nan = reinterpret_cast<U32Vector>(v != v);
+  *reinterpret_cast<U16Unaligned*>(p) = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), U16Vector);
+}
+
+#if defined(__AVX512F__)
+FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
+  return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+}
+#elif defined(__AVX2__)
+FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
+  return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+}
+#else
+// binary16 by integer arithmetic. The exponent is rebiased by a multiplication, which also brings
+// subnormals to their place.
+FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
+  const U32Vector bits = __builtin_convertvector(*reinterpret_cast<const U16Unaligned*>(p), U32Vector);
+  const U32Vector magnitude = (bits & 0x7fff) << 13;
+  const Vector<float> scaled = reinterpret_cast<Vector<float>>(magnitude) * 0x1p112f;
+  const U32Vector special = reinterpret_cast<U32Vector>((bits & 0x7fff) >= 0x7c00);
+  const U32Vector finite = reinterpret_cast<U32Vector>(scaled);
+  return reinterpret_cast<Vector<float>>(((bits & 0x8000) << 16) | (finite & ~special) |
+                                         ((magnitude | 0x7f800000) & special));
+}
+FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
+  const U32Vector bits = reinterpret_cast<U32Vector>(v);
+  const U32Vector magnitude = bits & 0x7fffffff;
+  // Adding 2^(e+13) (or 0.5 for results that are subnormal) rounds at the last kept bit, ties to even.
+  U32Vector anchor = (magnitude & 0x7f800000) + (13u << 23);
+  const U32Vector lowest = U32Vector{} + (126u << 23);
+  const U32Vector small = reinterpret_cast<U32Vector>(anchor < lowest);
+  anchor = (anchor & ~small) | (lowest & small);
+  const Vector<float> anchored = reinterpret_cast<Vector<float>>(magnitude) + reinterpret_cast<Vector<float>>(anchor);
+  const Vector<float> rounded = anchored - reinterpret_cast<Vector<float>>(anchor);
+  const U32Vector half = reinterpret_cast<U32Vector>(rounded * 0x1p-112f) >> 13;
+  const U32Vector overflow = reinterpret_cast<U32Vector>(reinterpret_cast<Vector<float>>(magnitude) >= 65520.0f);
+  const U32Vector is_nan = reinterpret_cast<U32Vector>(v != v);
+  U32Vector result = (half & ~overflow) | ((U32Vector{} + 0x7c00) & overflow);
+  result = (result & ~is_nan) | ((U32Vector{} + 0x7e00) & is_nan);
+  *reinterpret_cast<U16Unaligned*>(p) = __builtin_convertvector(result | ((bits >> 16) & 0x8000), U16Vector);
+}
+#endif
+
+// The first n lanes (0 <= n <= lanes); the others are zero, and their memory is not touched.
+template <class S>
+FUSED_RNN_INLINE Vector<Accumulate<S>> load_partial(const S* p, int64_t n) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  if (n >= L) return load(p);
+  S buffer[L] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class S>
+FUSED_RNN_INLINE void store_partial(S* p, Vector<Accumulate<S>> v, int64_t n) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  if (n >= L) return store(p, v);
+  S buffer[L];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+#if defined(__AVX512F__)
+FUSED_RNN_INLINE Vector<float> load_partial(const float* p, int64_t n) {
+  const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
+  return reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(mask, p));
+}
+FUSED_RNN_INLINE void store_partial(float* p, Vector<float> v, int64_t n) {
+  const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
+  _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
+}
+#endif
+
+// What a value becomes when it is written to memory as S and read back.
+template <class S, class V>
+FUSED_RNN_INLINE V round_to(V v) {
+  if constexpr (sizeof(S) == sizeof(Accumulate<S>)) {
+    return v;
+  } else {
+    S buffer[kLanes<Accumulate<S>>];
+    store(buffer, v);
+    return load(buffer);
+  }
+}
+
+// Swaps the off-diagonal blocks of size `span` between rows a and b of a square of lanes.
+template <class A, int span, int... lane>
+FUSED_RNN_INLINE void swap_blocks(Vector<A>& a, Vector<A>& b, std::integer_sequence<int, lane...>) {
+  constexpr int L = kLanes<A>;
+  const Vector<A> upper = __builtin_shufflevector(a, b, ((lane & span) ? L + lane - span : lane)...);
+  const Vector<A> lower = __builtin_shufflevector(a, b, ((lane & span) ? L + lane : lane + span)...);
+  a = upper;
+  b = lower;
+}
+
+template <class A, int span = 1>
+FUSED_RNN_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
+  if constexpr (span < kLanes<A>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i)
+      if (!(i & span)) swap_blocks<A, span>(rows[i], rows[i + span], std::make_integer_sequence<int, kLanes<A>>{});
+    transpose<A, span * 2>(rows);
+  }
+}
+
+// Lane j of the result is the sum of the lanes of rows[j]. The order of the sum is fixed.
+template <class A, int span = 1>
+FUSED_RNN_INLINE Vector<A> sum_lanes(Vector<A> (&rows)[kLanes<A>]) {
+  if constexpr (span < kLanes<A>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; i += 2 * span) {
+      swap_blocks<A, span>(rows[i], rows[i + span], std::make_integer_sequence<int, kLanes<A>>{});
+      rows[i] += rows[i + span];
+    }
+    return sum_lanes<A, span * 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
+}  // namespace fused_rnn::cpu::FUSED_RNN_ISA

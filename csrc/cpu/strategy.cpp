@@ -1,0 +1,97 @@
+#include "strategy.h"
+
+#include <algorithm>
+
+namespace fused_rnn::cpu {
+namespace {
+
+// A core does about this many floating point operations per microsecond in the tile (AVX-512, 2.0e5 on
+// Zen 5, 1.1e5 on Zen 4). Only orders of magnitude matter here.
+constexpr double kFlopsPerMicrosecond = 1.5e5;
+// Opening a parallel region costs 1-2 us; a barrier 0.1 us and, when a core is shared, much more.
+constexpr double kWorthARegion = 20.0;
+constexpr double kWorthABarrier = 2.0;
+// Packing reads and writes a weight once. It pays from about this many rows on.
+constexpr int64_t kRowsWorthPacking = 8;
+// Rows of the input product made at once: enough to use W_ih well from L2, few enough to stay there.
+constexpr int64_t kForwardChunkRows = 48;
+// Rows of one weight-gradient product: the gradient is read and written once per chunk.
+constexpr int64_t kBackwardChunkRows = 256;
+
+Plan plan(const Stack& s, int64_t gates, int max_threads, double work, int64_t chunk_rows) {
+  const double per_row = 2.0 * double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
+  const double sequence = work * per_row * double(s.steps.N) / kFlopsPerMicrosecond;  // us, one layer and direction
+  const double step = sequence / double(std::max<int64_t>(s.steps.T, 1));
+
+  Plan plan;
+  plan.chunk_steps = std::clamp<int64_t>(chunk_rows / std::max<int64_t>(s.steps.B, 1), 1, std::max<int64_t>(s.steps.T, 1));
+  plan.pack = s.steps.N >= kRowsWorthPacking;
+  if (max_threads <= 1) {
+    plan.reason = "one thread is allowed";
+    return plan;
+  }
+  if (sequence * double(s.dirs) < kWorthARegion) {
+    plan.reason = "the whole sequence is less work than starting threads";
+    return plan;
+  }
+  // Threads per direction. Fewer threads than directions: one thread walks both.
+  const int per_dir = int(std::max<int64_t>(1, max_threads / s.dirs));
+  const int64_t unit_blocks = pad_units(s.H) / kUnitPad;
+  if (s.steps.B >= 8 * per_dir || (s.projected() && s.steps.B >= 2)) {
+    plan.split = Split::kRows;
+    plan.threads = int(std::min<int64_t>(per_dir, s.steps.B));
+    plan.reason = "each thread has sequences of its own";
+  } else if (!s.projected() && step / per_dir >= kWorthABarrier && unit_blocks >= 2) {
+    plan.split = Split::kUnits;
+    plan.threads = int(std::min<int64_t>(per_dir, unit_blocks));
+    plan.reason = "each thread has units of its own, with a barrier per step";
+  } else if (s.steps.B >= 2) {
+    plan.split = Split::kRows;
+    plan.threads = int(std::min<int64_t>(per_dir, s.steps.B));
+    plan.reason = "a step is less work than a barrier, so each thread has sequences of its own";
+  } else {
+    plan.reason = "a step is less work than a barrier, and there is one sequence";
+  }
+  if (plan.threads == 1) plan.split = Split::kNone;
+  if (s.dirs == 2 && max_threads >= 2) {
+    plan.threads *= 2;
+    if (plan.split == Split::kNone) plan.reason = "one thread per direction";
+  }
+  return plan;
+}
+
+}  // namespace
+
+Plan plan_forward(const Stack& stack, int64_t gates, int max_threads) {
+  return plan(stack, gates, max_threads, 1.0, kForwardChunkRows);
+}
+
+Plan plan_backward(const Stack& stack, int64_t gates, int max_threads) {
+  return plan(stack, gates, max_threads, 2.0, kBackwardChunkRows);
+}
+
+Range part_of(int64_t count, int64_t unit, int index, int parts) {
+  const int64_t blocks = (count + unit - 1) / unit;
+  const auto border = [&](int64_t i) { return std::min(count, blocks * i / parts * unit); };
+  return {border(index), border(index + 1)};
+}
+
+Range rows_of(const Steps& steps, int index, int parts) {
+  if (!steps.lengths) return part_of(steps.B, 1, index, parts);
+  // Row b ends at share (its last step's number, counting sequence by sequence) / N.
+  const auto border = [&](int i) {
+    int64_t row = 0;
+    for (int64_t walked = 0; row < steps.B && walked + steps.lengths[row] / 2 < steps.N * i / parts; ++row)
+      walked += steps.lengths[row];
+    return i == parts ? steps.B : row;
+  };
+  return {border(index), border(index + 1)};
+}
+
+Range team_of(int threads, int64_t dirs, int64_t dir) {
+  // With fewer threads than directions, thread 0 is the team of each.
+  if (threads < dirs) return {0, threads};
+  return {threads * dir / dirs, threads * (dir + 1) / dirs};
+}
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,191 @@
+"""Command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fused_rnn import ops
+from fused_rnn.bench import report
+from fused_rnn.bench.measure import DTYPES, MODES, Result, measure_all
+from fused_rnn.bench.shapes import CELLS, SUITES, Shape
+
+try:
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.table import Table
+except ImportError:
+    sys.exit("the benchmark needs rich and matplotlib: pip install 'fused_rnn[bench]'")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_rnn.bench",
+        description="Times fused_rnn against torch.nn on the CPU and leaves a CSV with every "
+        "measurement, a page (.md) and a plot (.png). Exits with 1 if results disagree.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", choices=SUITES, default="quick", help="which shapes")
+    add("--cell", nargs="+", choices=[c.lower() for c in CELLS], help="only these cells")
+    add("--filter", type=re.compile, metavar="REGEX", help="only shapes whose label matches")
+    add("--list", action="store_true", help="print the labels of the shapes and stop")
+    add("--mode", nargs="+", choices=MODES, default=MODES, help="forward, or forward + backward")
+    add(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=sorted({1, torch.get_num_threads()}),
+        help="numbers of threads",
+    )
+    add("--dtype", choices=DTYPES, default="float32", help="of input and weights")
+    add("--budget", type=float, default=1.0, metavar="SECONDS", help="time per measurement")
+    add("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    add("--machine", help="what to call this machine (default: its CPU)")
+    add("--load", type=Path, metavar="CSV", help="report on this file instead of measuring")
+    add("--compare", type=Path, metavar="CSV", help="also compare with an older file")
+    add(
+        "--fail-if-slower",
+        type=float,
+        metavar="X",
+        help="exit with 1 if a median speed-up is below X",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args(argv)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a log has no edge to wrap at
+
+    # Read first: a wrong path should not cost a whole run.
+    old = report.read(options.compare)[1] if options.compare else None
+    if options.load:
+        page = options.load
+        environment, results = report.read(page)
+        failures: list[str] = []
+    else:
+        shapes = [shape for shape in SUITES[options.suite] if selected(shape, options)]
+        if options.list:
+            console.print(*(shape.label for shape in shapes), sep="\n", soft_wrap=True)
+            return 0
+        if not shapes:
+            console.print("[red]--cell and --filter leave no shape of this suite")
+            return 2
+        if not ops.available:
+            console.print(f"[red]not the times of our kernels: {ops.unavailable_reason}")
+        command = shlex.join(["python", "-m", "fused_rnn.bench", *argv])
+        environment = report.Environment.here(command, options.machine)
+        page = options.out / f"{environment.slug}-{selection(options)}.csv"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        results, failures = run(shapes, options, environment, page, console)
+
+    if results:
+        write_page(page, environment, results, failures, console)
+        for table in report.measurements(results):
+            show(table, console)
+        show(report.summary(results), console)
+    if old is not None:
+        show(report.comparison(results, old), console)
+    for failure in failures:
+        console.print(f"[bold red]DIFFERENT RESULTS, not timed: {failure}")
+    too_slow = report.slower(results, options.fail_if_slower or 0.0)
+    for r in too_slow:
+        console.print(
+            f"[red]below {options.fail_if_slower:g}x: {r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}] "
+            f"{r.shape.label}, {r.mode}, threads {r.threads}"
+        )
+    return 1 if failures or too_slow else 0
+
+
+def selected(shape: Shape, options: argparse.Namespace) -> bool:
+    if options.cell and shape.family.lower() not in options.cell:
+        return False
+    return not options.filter or bool(options.filter.search(shape.label))
+
+
+def selection(options: argparse.Namespace) -> str:
+    """Names the suite and what was left out of it: a partial run must not replace a full one."""
+    words = [options.suite, *(options.cell or ())]
+    words += options.mode if len(options.mode) < len(MODES) else ()
+    words += [options.dtype] if options.dtype != "float32" else ()
+    words += ["filtered"] if options.filter else ()
+    return "-".join(words)
+
+
+def run(
+    shapes: Sequence[Shape],
+    options: argparse.Namespace,
+    environment: report.Environment,
+    path: Path,
+    console: Console,
+) -> tuple[list[Result], list[str]]:
+    """Measures everything, with the results in `path` as they come."""
+    jobs = [(shape, mode) for shape in shapes for mode in options.mode]
+    results: list[Result] = []
+    failures: list[str] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
+    # Drawn between two measurements only: a thread that draws would disturb them.
+    progress = Progress(
+        *columns, console=console, auto_refresh=False, disable=not console.is_terminal
+    )
+    with path.open("w", newline="", encoding="utf-8") as file, progress:
+        writer = report.Writer(file, environment)
+        total = len(jobs) * len(options.threads)
+        task = progress.add_task("", total=total)
+        outcomes = measure_all(jobs, options.threads, options.dtype, options.budget)
+        for done, outcome in enumerate(outcomes, start=1):
+            if isinstance(outcome, Result):
+                writer.write(outcome)
+                results.append(outcome)
+                line = f"{outcome.speedup:.2f}x {outcome.shape.label}, {outcome.mode}"
+            else:
+                failures.append(str(outcome))
+                line = f"[red]different results: {outcome}"
+            progress.update(task, completed=done, description=line, refresh=True)
+            if not console.is_terminal:
+                console.print(f"{done}/{total}", line)
+    return results, failures
+
+
+def write_page(
+    path: Path,
+    environment: report.Environment,
+    results: Sequence[Result],
+    failures: Sequence[str],
+    console: Console,
+) -> None:
+    picture = path.with_suffix(".png")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        from fused_rnn.bench import plot
+
+        plot.save(results, environment, picture)
+    else:
+        console.print("[yellow]no plot: it needs matplotlib (pip install matplotlib)")
+    text = report.markdown(results, environment, failures, picture.name if drawn else None)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    console.print(f"written: {path.with_suffix('')}" + ".{csv,md" + ",png" * drawn + "}")
+
+
+def show(table: report.Table, console: Console) -> None:
+    view = Table(title=table.title, title_style="bold", box=box.SIMPLE_HEAD)
+    for name in table.header:
+        view.add_column(name, justify="left" if name in table.words else "right")
+    for row in table.rows:
+        view.add_row(*row)
+    console.print(view)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""What serves a call: the fused op, the reference, or torch's own function.
+
+    fused      wherever the library has kernels
+    reference  where only plain torch will do: torch.func, forward-mode AD
+    torch      everywhere else: other devices and dtypes, tracing, no library
+
+`logging.getLogger("fused_rnn").setLevel("DEBUG")` tells which one it was, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+from . import ops, reference
+
+_log = logging.getLogger("fused_rnn")
+
+_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Result = tuple[Tensor, Tensor, Tensor | None]
+
+
+class _Call(NamedTuple):
+    """The arguments of the ops, in their order."""
+
+    cell: str
+    input: Tensor
+    batch_sizes: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: Sequence[Tensor]
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+
+
+def rnn(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Result:
+    """A stack of recurrent layers over a batch of sequences.
+
+    Args:
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        input: [T, B, I], [B, T, I] with `batch_first`, [N, I] with `batch_sizes`.
+        batch_sizes: [T] int64 on the CPU, how many sequences are active at every step, as in
+            PackedSequence; `batch_first` is then ignored.
+        h0: [L*D, B, R], zeros if None; L layers, D directions, R = proj_size or H.
+        c0: [L*D, B, H], zeros if None; for "lstm" only.
+        weights: torch's flat order, `weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]` by
+            layer and direction.
+        dropout: probability of a zero between layers when `training`; the masks are those of
+            `F.dropout` on the time-major output of the layer below.
+
+    Returns:
+        output like `input` with D*R features, contiguous; h_n [L*D, B, R]; c_n [L*D, B, H], or
+        None for cells without c.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+    """
+    if batch_sizes is not None:
+        batch_first = False
+    call = _Call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first)
+    route = _route(call)
+    if route == "torch":
+        return _torch(call, dropout, training)
+    if input.shape[1 if batch_first else 0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if torch.is_autocast_enabled("cpu"):
+        # As torch: all of rnn is autocast, lstm where oneDNN runs it, of gru only the products.
+        low = torch.get_autocast_dtype("cpu")
+        onednn = cell == "lstm" and batch_sizes is None and low == torch.bfloat16
+        call = _autocast(call, low if onednn or cell.startswith("rnn") else None)
+    if route == "reference":
+        return _reference(call, dropout, training)
+    if training and dropout > 0.0 and num_layers > 1:
+        return _fused_with_dropout(call, dropout)
+    return _fused(call)
+
+
+def step(
+    cell: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One time step of one layer: the states (h, c) after it, None for c in cells without.
+
+    input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent.
+    """
+    weights = [weight_ih, weight_hh]
+    if bias_ih is not None or bias_hh is not None:
+        weights += [
+            weight_hh.new_zeros(weight_hh.shape[0]) if bias is None else bias
+            for bias in (bias_ih, bias_hh)
+        ]
+    h0 = None if h is None else h.unsqueeze(0)
+    c0 = None if c is None else c.unsqueeze(0)
+    call = _Call(cell, input.unsqueeze(0), None, h0, c0, weights, 1, False, False)
+    # The kernels know no cell without units or features, torch does.
+    route = _route(call) if input.shape[1] and weight_hh.shape[1] else "torch"
+    if route == "torch":
+        states = [state.squeeze(0) for state in _states(call)]
+        hx = states if len(states) > 1 else states[0]
+        after = getattr(_VF, f"{cell}_cell")(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        return after if len(states) > 1 else (after, None)
+    if torch.is_autocast_enabled("cpu"):
+        low = torch.get_autocast_dtype("cpu")
+        call = _autocast(call, low if cell.startswith("rnn") else None)
+    _, h_n, c_n = _fused(call) if route == "fused" else _reference(call)
+    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+
+
+def _route(call: _Call) -> str:
+    compiling = torch.compiler.is_compiling()
+    tensors = [call.input, *call.weights]
+    tensors += [state for state in (call.h0, call.c0) if state is not None]
+    route, reason = _choose(tensors, compiling)
+    if route == "torch" and not hasattr(_VF, call.cell):
+        route = "reference"
+    if not compiling and _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s: %s%s", call.cell, route, reason and f", because {reason}")
+    return route
+
+
+def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
+    """The route of a call on these tensors, the first of them the input; why, unless fused."""
+    if compiling:
+        if torch.onnx.is_in_onnx_export():
+            return "torch", "ONNX has no such operator"
+    else:
+        if ops.transforms_active():
+            return "reference", "a torch.func transform is active"
+        if getattr(forward_ad, "_current_level", -1) >= 0:
+            return "reference", "forward-mode AD is active"
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return "torch", "torch.jit.trace is recording"
+        if has_torch_function(tensors) and any(map(_overrides_torch_function, tensors)):
+            return "torch", "a tensor subclass overrides __torch_function__"
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return "torch", f"there are no kernels for {tensor.device.type}"
+    if tensors[0].dtype not in _FUSED_DTYPES:
+        return "torch", f"there are no kernels for {tensors[0].dtype}"
+    if not ops.available:
+        return "torch", str(ops.unavailable_reason)
+    return "fused", ""
+
+
+def _overrides_torch_function(tensor: Tensor) -> bool:
+    # A mode alone makes has_torch_function true. Parameter's is disabled, not a function.
+    function, default = (
+        getattr(kind.__torch_function__, "__func__", None) for kind in (type(tensor), Tensor)
+    )
+    return function is not None and function is not default
+
+
+def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
+    """Everything in `dtype`; if None, in the widest of input and states."""
+    moving = [t for t in (call.input, call.h0, call.c0) if t is not None]
+    if not call.input.is_cpu or any(
+        t.dtype not in _AUTOCAST_DTYPES for t in (*moving, *call.weights)
+    ):
+        return call
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in moving))
+    return call._replace(
+        input=call.input.to(dtype),
+        h0=None if call.h0 is None else call.h0.to(dtype),
+        c0=None if call.c0 is None else call.c0.to(dtype),
+        weights=[weight.to(dtype) for weight in call.weights],
+    )
+
+
+def _fused(call: _Call) -> Result:
+    has_c = reference.CELLS[call.cell].states > 1
+    if torch.is_grad_enabled() and (
+        call.input.requires_grad
+        or any(weight.requires_grad for weight in call.weights)
+        or (call.h0 is not None and call.h0.requires_grad)
+        or (call.c0 is not None and call.c0.requires_grad)
+    ):
+        cell, input, batch_sizes, h0, c0, weights, *options = call
+        output, h_n, *c_n = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
+            cell, *options, input, batch_sizes, h0, c0, *weights
+        )
+        return output, h_n, c_n[0] if has_c else None
+    output, h_n, c_n = ops.inference(*call)
+    return output, h_n, c_n if has_c else None
+
+
+def _fused_with_dropout(call: _Call, dropout: float) -> Result:
+    """Layer by layer. All but the last run time-major: that is how torch draws its masks."""
+    directions = 2 if call.bidirectional else 1
+    count = len(call.weights) // call.num_layers
+    x = call.input.transpose(0, 1) if call.batch_first else call.input
+    last = call.num_layers - 1
+    results = []
+    for layer in range(call.num_layers):
+        scans = slice(layer * directions, (layer + 1) * directions)
+        batch_first = call.batch_first and layer == last
+        one = call._replace(
+            input=x.transpose(0, 1) if batch_first else x,
+            h0=None if call.h0 is None else call.h0[scans],
+            c0=None if call.c0 is None else call.c0[scans],
+            weights=call.weights[layer * count : (layer + 1) * count],
+            num_layers=1,
+            batch_first=batch_first,
+        )
+        results.append(_fused(one))
+        if layer < last:
+            x = F.dropout(results[-1][0], dropout)
+    outputs, h_n, c_n = zip(*results, strict=True)
+    return outputs[-1], torch.cat(h_n), None if c_n[0] is None else torch.cat(c_n)
+
+
+def _reference(call: _Call, dropout: float = 0.0, training: bool = False) -> Result:
+    with torch.autocast("cpu", enabled=False):  # all casting has been done
+        return reference.rnn(
+            call.cell,
+            call.input,
+            call.batch_sizes,
+            call.h0,
+            call.c0,
+            call.weights,
+            num_layers=call.num_layers,
+            bidirectional=call.bidirectional,
+            batch_first=call.batch_first,
+            dropout=dropout,
+            training=training,
+        )
+
+
+def _torch(call: _Call, dropout: float, training: bool) -> Result:
+    """By `torch.lstm` and its kin, which on CUDA is cuDNN."""
+    # cuDNN differentiates only what it ran in training mode.
+    training = training or (call.input.is_cuda and torch.is_grad_enabled())
+    states = _states(call)
+    output, *after = getattr(_VF, call.cell)(
+        call.input,
+        *(() if call.batch_sizes is None else (call.batch_sizes,)),
+        states if len(states) > 1 else states[0],
+        list(call.weights),
+        len(call.weights) // states[0].shape[0] >= 4,  # has biases
+        call.num_layers,
+        dropout,
+        training,
+        bool(call.bidirectional),
+        *((call.batch_first,) if call.batch_sizes is None else ()),
+    )
+    return output.contiguous(), after[0], after[1] if len(states) > 1 else None
+
+
+def _states(call: _Call) -> list[Tensor]:
+    """h0 and, for cells that have it, c0, with zeros where the call has None."""
+    B: Any  # a tensor if packed: torch.jit.trace would make a constant of an int
+    if call.batch_sizes is not None:
+        B = call.batch_sizes[0]
+    else:
+        B = call.input.shape[0 if call.batch_first else 1]
+    scans = reference.split_weights(
+        call.weights, call.num_layers * (2 if call.bidirectional else 1)
+    )
+    return reference.initial_states(call.cell, call.input, B, call.h0, call.c0, scans)

@@ -1,0 +1,554 @@
+"""The layers and cells: parameters, names and manners of their twins in `torch.nn`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+_KIND_OF_INPUT = {2: "unbatched 2-D", 3: "batched 3-D"}
+
+
+class _Twin(nn.Module):
+    """What torch's tools expect of an `nn.LSTM` without asking whether it is one."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        module = super().__new__(cls)
+        if cls.__module__ == __name__:
+            mark_as_leaf(module)
+        return module
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles the twin, with the same parameters."""
+        from .convert import to_torch  # convert imports this module
+
+        twin: nn.Module = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return to_torch(twin)
+
+    def _tensor(self, name: str) -> Any:
+        """The parameter, or what a parametrization, pruning or a replica has in its place."""
+        parameter = self._parameters.get(name)  # much faster than getattr
+        return getattr(self, name) if parameter is None else parameter
+
+
+def mark_as_leaf(module: nn.Module) -> None:
+    """torch.fx does not trace into a module whose instance says that it is of torch.nn."""
+    module.__dict__["__module__"] = "torch.nn"
+
+
+class _Layer(_Twin, nn.RNNBase):
+    """What the layers share: checks, packing, parameters.
+
+    Parameters are read by name at every call, so that parametrizations, pruning, functional_call
+    and FSDP are seen. `_flat_weights`, where RNNBase keeps them, is computed when somebody asks.
+    """
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: object) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        # No weak references to parameters: they would forbid load_state_dict to swap them.
+        self._flat_weight_refs: list[Any] = []
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read every parameter where it is."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.pop("_flat_weights", None)
+        self._init_flat_weights()
+
+    def _run(self, input: Any, hx: Any) -> tuple[Any, Tensor, Tensor | None]:
+        """(output, h_n, c_n), after torch's checks in torch's order."""
+        weights = []
+        for name in self._flat_weights_names:
+            weights.append(self._tensor(name))
+            if weights[-1] is None:
+                raise TypeError(f"{name} must be a Tensor, got None")
+
+        states: tuple[Tensor, ...] | None = None
+        batch_dim = 0 if self.batch_first else 1
+        unbatched = False
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                states = self._split(hx)
+                if sorted_indices is not None:
+                    states = tuple(state.index_select(1, sorted_indices) for state in states)
+        else:
+            data, batch_sizes = input, None
+            dim = data.dim()
+            unbatched = dim == 2
+            if not unbatched and dim != 3:
+                name, noun = ("RNN", " tensor") if "RNN" in self.mode else (self.mode, "")
+                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}D{noun} instead")
+            if unbatched:
+                data = data.unsqueeze(batch_dim)
+            if hx is not None:
+                states = self._split(hx)
+                self._check_dims(states, dim)
+                if unbatched:
+                    states = tuple(state.unsqueeze(1) for state in states)
+
+        if (
+            data.dtype != weights[0].dtype  # which autocast allows
+            or data.shape[-1] != self.input_size
+            or (packed and data.dim() != 2)
+        ):
+            self.check_input(data, batch_sizes)
+        h0 = c0 = None
+        if states is not None:
+            # To a compiler batch_sizes is data: the op will check.
+            if not (packed and torch.compiler.is_compiling()):
+                self._check_sizes(states, self.get_expected_hidden_size(data, batch_sizes))
+            h0, c0 = (*states, None)[:2]
+
+        output: Any
+        output, h_n, c_n = functional.rnn(
+            self.mode.lower(),
+            data,
+            batch_sizes,
+            h0,
+            c0,
+            weights,
+            num_layers=self.num_layers,
+            bidirectional=bool(self.bidirectional),
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+        )
+        if packed:
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            if unsorted_indices is not None:
+                h_n = h_n.index_select(1, unsorted_indices)
+                c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
+        elif unbatched:
+            output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
+            c_n = None if c_n is None else c_n.squeeze(1)
+        return output, h_n, c_n
+
+    def _split(self, hx: Any) -> tuple[Tensor, ...]:
+        return (hx,)
+
+    def _check_dims(self, states: tuple[Tensor, ...], dim: int) -> None:
+        if states[0].dim() != dim:
+            raise RuntimeError(
+                f"For {_KIND_OF_INPUT[dim]} input, hx should also be {dim}-D "
+                f"but got {states[0].dim()}-D tensor"
+            )
+
+    def _check_sizes(self, states: tuple[Tensor, ...], expected: tuple[int, int, int]) -> None:
+        self.check_hidden_size(states[0], expected)
+
+
+class LSTM(_Layer):
+    """Long short-term memory: `torch.nn.LSTM` with other kernels.
+
+    In every layer and direction, for every step::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)
+        f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+        c = f * c + i * g
+        h = o * tanh(c)         # with proj_size: W_hr (o * tanh(c))
+
+    Equivalent PyTorch code::
+
+        gates = F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the units.
+        num_layers: L; every layer runs over the output of the one below.
+        bias: with `bias_ih` and `bias_hh`.
+        batch_first: input and output are [B, T, features], the states are not.
+        dropout: the probability of a zero between two layers, in training.
+        bidirectional: a second scan in every layer, from the end; D = 2, else 1.
+        proj_size: R, the features of h if not 0; else R = H.
+
+    Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` = (h_0 [L*D, B, R],
+    c_0 [L*D, B, H]), without B for [T, I], zeros if None.
+
+    Outputs: `output` [T, B, D*R], contiguous, or what `input` was; (h_n, c_n) like `hx`.
+
+    Parameters, those of the second direction with `_reverse` at the end: `weight_ih_l[k]`
+    [4*H, I or D*R], `weight_hh_l[k]` [4*H, R], `bias_ih_l[k]`, `bias_hh_l[k]` [4*H],
+    `weight_hr_l[k]` [R, H]; the rows in the order i, f, g, o.
+
+    Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTM` does, in its words.
+
+    Precision: bfloat16 and float16 are added up in float32, c is float32, h is rounded at every
+    step. Results do not depend on the number of threads and repeat to the bit.
+
+    Hochreiter & Schmidhuber 1997, "Long short-term memory"; Gers, Schmidhuber & Cummins 2000,
+    "Learning to forget"; Sak, Senior & Beaufays 2014 for the projection.
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def forward(
+        self, input: Sequences, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
+        output, h_n, c_n = self._run(input, hx)
+        assert c_n is not None
+        return output, (h_n, c_n)
+
+    def _split(self, hx: Any) -> tuple[Tensor, ...]:
+        return hx[0], hx[1], *hx[2:]  # any more are refused later, as torch does
+
+    def _check_dims(self, states: tuple[Tensor, ...], dim: int) -> None:
+        h, c = states[:2]
+        if h.dim() != dim or c.dim() != dim:
+            raise RuntimeError(
+                f"For {_KIND_OF_INPUT[dim]} input, hx and cx should also be {dim}-D "
+                f"but got ({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+
+    def _check_sizes(self, states: tuple[Tensor, ...], expected: tuple[int, int, int]) -> None:
+        message = "Expected hidden[{}] size {{}}, got {{}}"
+        self.check_hidden_size(states[0], expected, message.format(0))
+        self.check_hidden_size(states[1], (*expected[:2], self.hidden_size), message.format(1))
+        if len(states) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+
+    # Not called here, but part of what a subclass of torch.nn.LSTM may rely on.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+
+class GRU(_Layer):
+    """Gated recurrent unit: `torch.nn.GRU` with other kernels.
+
+    In every layer and direction, for every step::
+
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+        h = (1 - z) * n + z * h
+
+    The reset gate acts after the product, as in torch and cuDNN; in the paper it acts before.
+
+    Equivalent PyTorch code::
+
+        (x_r, x_z, x_n) = F.linear(x, weight_ih, bias_ih).chunk(3, -1)
+        (h_r, h_z, h_n) = F.linear(h, weight_hh, bias_hh).chunk(3, -1)
+        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+        n = (x_n + r * h_n).tanh()
+        h = (1 - z) * n + z * h
+
+    Args: as for `LSTM`, without `proj_size`.
+
+    Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
+    [T, I], zeros if None.
+
+    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
+
+    Parameters: as for `LSTM`, with 3*H rows in the order r, z, n.
+
+    Raises: ValueError, TypeError and RuntimeError where `torch.nn.GRU` does, in its words.
+
+    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Results
+    do not depend on the number of threads and repeat to the bit.
+
+    Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder".
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
+        output, h_n, _ = self._run(input, hx)
+        return output, h_n
+
+
+class RNN(_Layer):
+    """Elman's recurrent network: `torch.nn.RNN` with other kernels.
+
+    In every layer and direction, for every step, with tanh or relu::
+
+        h = tanh(W_ih x + b_ih + W_hh h + b_hh)
+
+    Equivalent PyTorch code::
+
+        h = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).tanh()
+
+    Args: as for `LSTM`, without `proj_size`, and
+        nonlinearity: "tanh" or "relu", the fourth argument, before `bias`.
+
+    Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
+    [T, I], zeros if None.
+
+    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
+
+    Parameters: as for `LSTM`, with H rows.
+
+    Raises: ValueError, TypeError and RuntimeError where `torch.nn.RNN` does, in its words.
+
+    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Results
+    do not depend on the number of threads and repeat to the bit.
+
+    Elman 1990, "Finding structure in time".
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
+        output, h_n, _ = self._run(input, hx)
+        return output, h_n
+
+
+def _refuse_projection(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+class _Cell(_Twin, nn.RNNCellBase):
+    """What the cells share: checks and the step."""
+
+    def _check_dims(self, name: str, input: Tensor, states: dict[str, Tensor]) -> None:
+        for what, tensor in ({"input": input} | states).items():
+            if tensor.dim() not in (1, 2):
+                raise ValueError(
+                    f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead"
+                )
+
+    def _run(self, cell: str, input: Tensor, *states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The states after one step, after torch's checks of the sizes."""
+        unbatched = input.dim() == 1
+        if unbatched:
+            input = input.unsqueeze(0)
+            states = tuple(state.unsqueeze(0) for state in states)
+        B, features = input.shape
+        if features != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {features} expected {self.input_size}"
+            )
+        for k, state in enumerate(states):
+            if state.shape[0] != B:
+                raise RuntimeError(
+                    f"Input batch size {B} doesn't match hidden{k} batch size {state.shape[0]}"
+                )
+            if state.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, "
+                    f"expected {self.hidden_size}"
+                )
+        h, c = functional.step(
+            cell,
+            input,
+            states[0] if states else None,
+            states[1] if len(states) > 1 else None,
+            self._tensor("weight_ih"),
+            self._tensor("weight_hh"),
+            self._tensor("bias_ih"),
+            self._tensor("bias_hh"),
+        )
+        if unbatched:
+            h, c = h.squeeze(0), None if c is None else c.squeeze(0)
+        return h, c
+
+
+class LSTMCell(_Cell):
+    """One step of a long short-term memory: `torch.nn.LSTMCell` with other kernels.
+
+    The equations, the order of the rows, precision and papers: `LSTM`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the units.
+        bias: with `bias_ih` and `bias_hh`.
+
+    Inputs: `input` [B, I] or [I]; `hx` = (h [B, H], c [B, H]), or [H], zeros if None.
+
+    Outputs: (h, c) after the step.
+
+    Parameters: `weight_ih` [4*H, I], `weight_hh` [4*H, H], `bias_ih`, `bias_hh` [4*H].
+
+    Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTMCell` does, in its words.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        states: Any = () if hx is None else hx
+        self._check_dims("LSTMCell", input, {f"hx[{k}]": s for k, s in enumerate(states)})
+        if isinstance(states, Tensor):
+            raise TypeError(
+                "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+            )
+        if hx is not None and len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        h, c = self._run("lstm", input, *states)
+        assert c is not None
+        return h, c
+
+
+class GRUCell(_Cell):
+    """One step of a gated recurrent unit: `torch.nn.GRUCell` with other kernels.
+
+    The equations, the order of the rows, precision and paper: `GRU`.
+
+    Args: as for `LSTMCell`.
+
+    Inputs: `input` [B, I] or [I]; `hx` [B, H] or [H], zeros if None.
+
+    Outputs: h after the step.
+
+    Parameters: as for `LSTMCell`, with 3*H rows.
+
+    Raises: ValueError and RuntimeError where `torch.nn.GRUCell` does, in its words.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        self._check_dims("GRUCell", input, {} if hx is None else {"hidden": hx})
+        h, _ = self._run("gru", input, *(() if hx is None else (hx,)))
+        return h
+
+
+class RNNCell(_Cell):
+    """One step of Elman's network: `torch.nn.RNNCell` with other kernels.
+
+    The equations, precision and paper: `RNN`.
+
+    Args: as for `LSTMCell`, and
+        nonlinearity: "tanh" or "relu", after `bias`.
+
+    Inputs: `input` [B, I] or [I]; `hx` [B, H] or [H], zeros if None.
+
+    Outputs: h after the step.
+
+    Parameters: as for `LSTMCell`, with H rows.
+
+    Raises: ValueError and RuntimeError where `torch.nn.RNNCell` does, in its words.
+    """
+
+    __constants__ = [*nn.RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        self._check_dims("RNNCell", input, {} if hx is None else {"hidden": hx})
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        h, _ = self._run(f"rnn_{self.nonlinearity}", input, *(() if hx is None else (hx,)))
+        return h

@@ -1,0 +1,236 @@
+"""torch's side of the library: loads it, tells its shapes, makes it differentiable.
+
+The ops are `torch.ops.fused_rnn.inference`, `forward` and `backward`; docs/design.md has their
+arguments. When they are called is decided in `functional`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+available = True
+unavailable_reason: str | None = None
+try:
+    import fused_rnn._C as _C
+except ImportError as error:
+    available, unavailable_reason = False, f"fused_rnn._C cannot be imported: {error}"
+    _remedy = (
+        f"{unavailable_reason}. Build it for this torch ({torch.__version__}) with a C++20 "
+        "compiler: `python setup.py build_ext --inplace` in a checkout, or install fused_rnn again "
+        "with `pip install --no-build-isolation`"
+    )
+    if os.environ.get("FUSED_RNN_STRICT") == "1":
+        raise ImportError(_remedy) from error
+    warnings.warn(
+        f"{_remedy}. Until then the layers run on torch's own kernels.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+# Called directly where no gradient is needed.
+inference: Callable[..., tuple[Tensor, Tensor, Tensor]]
+_forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+_backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+
+# A torch.func transform (vmap, grad, jvp, ...) is running. A private name, hence the fallback.
+transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+
+
+class RNNFunction(torch.autograd.Function):
+    """The ops under autograd: (output, h_n) or, for cells with two states, (output, h_n, c_n)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: str,
+        num_layers: int,
+        bidirectional: bool,
+        batch_first: bool,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        options = num_layers, bidirectional, batch_first
+        *outputs, saved = _forward(cell, input, batch_sizes, h0, c0, weights, *options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, batch_sizes, h0, c0, saved, *weights)
+        ctx.cell, ctx.options = cell, options
+        return tuple(outputs[: 1 + reference.CELLS[cell].states])
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[4:]
+        if all(d is None for d in d_outputs):
+            return (None,) * (4 + len(needs))
+        input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
+        # Gradients are recorded in here only under create_graph. The op has no derivative and no
+        # batching rule, the reference has both.
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transforms_active()):
+            tensors = [input, batch_sizes, h0, c0, *weights]
+            return (None,) * 4 + _differentiable_backward(
+                ctx.cell, ctx.options, tensors, needs, d_outputs
+            )
+        d_output, d_h_n, d_c_n = d_outputs if len(d_outputs) == 3 else (*d_outputs, None)
+        need_input, _, need_h0, need_c0, *need_weights = needs
+        d_input, d_h0, d_c0, d_weights = _backward(
+            ctx.cell,
+            *(d_output, d_h_n, d_c_n),
+            *(input, batch_sizes, h0, c0, weights, saved),
+            *ctx.options,
+            *(need_input, need_h0 or need_c0, any(need_weights)),
+        )
+        gradients = (d_input, None, d_h0, d_c0, *d_weights)
+        return (None,) * 4 + tuple(
+            d if need else None for d, need in zip(gradients, needs, strict=True)
+        )
+
+
+def _differentiable_backward(
+    cell: str,
+    options: tuple[int, bool, bool],
+    tensors: list[Any],  # input, batch_sizes, h0, c0, *weights
+    needs: tuple[bool, ...],
+    d_outputs: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients by way of the reference, so that they can be differentiated again."""
+    create_graph = torch.is_grad_enabled()
+    num_layers, bidirectional, batch_first = options
+    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        # Aliases, because one argument may have been computed from another (h0 from the input):
+        # the gradient of the second must not run through the first.
+        tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
+        outputs = reference.rnn(
+            cell,
+            *(tensors[0], tensors[1], tensors[2], tensors[3]),
+            tensors[4:],
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            batch_first=batch_first,
+        )
+        # Not every output depends on every argument: c_n does not on the projection above it.
+        given = [
+            (output, d)
+            for output, d in zip(outputs, d_outputs, strict=False)
+            if output is not None and output.requires_grad and d is not None
+        ]
+        if not given:
+            return (None,) * len(needs)
+        gradients = iter(
+            torch.autograd.grad(
+                [output for output, _ in given],
+                [t for t, need in zip(tensors, needs, strict=True) if need],
+                [d for _, d in given],
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+    return tuple(next(gradients) if need else None for need in needs)
+
+
+def _fake_inference(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    directions = 2 if bidirectional else 1
+    R = weights[1].shape[1]
+    B: int | torch.SymInt
+    if batch_sizes is None:
+        B = input.shape[0 if batch_first else 1]
+    elif h0 is not None:
+        B = h0.shape[1]
+    else:  # what is in batch_sizes tells, and nothing else
+        B = torch.library.get_ctx().new_dynamic_size()
+    output = input.new_empty(*input.shape[:-1], directions * R)
+    h_n = input.new_empty(num_layers * directions, B, R)
+    if _C.cells()[cell]["states"] == 1:
+        return output, h_n, input.new_empty(0)
+    return output, h_n, input.new_empty(num_layers * directions, B, _hidden_size(cell, weights))
+
+
+def _fake_forward(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _fake_inference(
+        cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
+    )
+    rows = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
+    scans = num_layers * (2 if bidirectional else 1)
+    projected = len(weights) // scans % 2
+    slots = _C.cells()[cell]["states"] + _C.cells()[cell]["saved"] + projected
+    units = (_hidden_size(cell, weights) + 15) // 16 * 16
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    saved = input.new_empty(scans, rows, slots * units, dtype=dtype)
+    return *outputs, saved
+
+
+def _fake_backward(
+    cell: str,
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    saved: Tensor,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    need_input: bool,
+    need_state: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def gradient(shape: Sequence[int], needed: bool) -> Tensor:
+        return input.new_empty(shape if needed else 0)
+
+    state = c0 if h0 is None else h0  # one of them is there if their gradients are needed
+    L, B = (0, 0) if state is None else state.shape[:2]
+    has_c = _C.cells()[cell]["states"] > 1
+    return (
+        gradient(input.shape, need_input),
+        gradient((L, B, weights[1].shape[1]), need_state),
+        gradient((L, B, _hidden_size(cell, weights)), need_state and has_c),
+        [gradient(weight.shape, need_weights) for weight in weights],
+    )
+
+
+def _hidden_size(cell: str, weights: list[Tensor]) -> int:
+    return weights[1].shape[0] // _C.cells()[cell]["gates"]
+
+
+if available:
+    inference = torch.ops.fused_rnn.inference.default
+    _forward = torch.ops.fused_rnn.forward.default
+    _backward = torch.ops.fused_rnn.backward.default
+    torch.library.register_fake("fused_rnn::inference", _fake_inference)
+    torch.library.register_fake("fused_rnn::forward", _fake_forward)
+    torch.library.register_fake("fused_rnn::backward", _fake_backward)

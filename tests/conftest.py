@@ -1,0 +1,26 @@
+"""The conditions of every test: a fixed seed, poisoned memory, torch's settings put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "default", max_examples=30, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def conditions() -> Iterator[None]:
+    """Seed 0; torch.empty gives NaN, so that what a kernel leaves unwritten is seen."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)

@@ -1,0 +1,30 @@
+// Compiled, not run: every cell as device code, from the same headers as the CPU kernels.
+#include "cells/registry.h"
+
+namespace {
+
+using namespace fused_rnn;
+
+template <class C, class E>
+__global__ void run_cell(const E* x, const E* h, const E* prev, const E* d_state, E* state,
+                         E* saved, E* dx, E* dh, E* d_prev) {
+  C::forward(x, h, prev, state, saved);
+  C::backward(saved, prev, state, d_state, dx, dh, d_prev);
+}
+
+}  // namespace
+
+// Somebody has to want the kernels.
+void* volatile wanted;
+
+struct Want {
+  template <class C>
+  void operator()() const {
+    wanted = reinterpret_cast<void*>(run_cell<C, float>);
+    wanted = reinterpret_cast<void*>(run_cell<C, double>);
+  }
+};
+
+void want_every_kernel() {
+  for_each_cell(Cells{}, Want{});
+}

@@ -1,0 +1,214 @@
+"""Questions to a scan, and three ways to answer them: our ops, torch, the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from judge import Tensors, judge, pool
+from torch import Tensor
+
+import fused_rnn
+from fused_rnn import reference
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Arguments(NamedTuple):
+    """The arguments of `torch.ops.fused_rnn.inference` and `forward`, in their order."""
+
+    cell: str
+    input: Tensor
+    batch_sizes: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: list[Tensor]
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
+        """The same question with `function` applied to every floating-point tensor."""
+        return self._replace(
+            input=function(self.input),
+            h0=None if self.h0 is None else function(self.h0),
+            c0=None if self.c0 is None else function(self.c0),
+            weights=[function(weight) for weight in self.weights],
+        )
+
+    def tensors(self) -> Tensors:
+        """Every floating-point tensor by name."""
+        named = {"input": self.input, "h0": self.h0, "c0": self.c0}
+        named |= {f"weights[{k}]": weight for k, weight in enumerate(self.weights)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def make_arguments(
+    cell: str,
+    T: int = 5,
+    B: int = 3,
+    I: int = 6,
+    H: int = 7,
+    *,
+    proj: int = 0,
+    layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    batch_sizes: Iterable[int] | None = None,
+    state: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Arguments:
+    """A random question to a scan; weights as torch.nn draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = fused_rnn._C.cells()[cell]
+    directions = 2 if bidirectional else 1
+    R = proj or H
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def weight(*shape: int) -> Tensor:
+        uniform = torch.rand(shape, generator=generator) * 2 - 1
+        return (uniform / math.sqrt(H)).to(dtype)
+
+    weights = []
+    for layer in range(layers):
+        for _ in range(directions):
+            weights += [weight(numbers["gates"] * H, R * directions if layer else I)]
+            weights += [weight(numbers["gates"] * H, R)]
+            weights += [weight(numbers["gates"] * H) for _ in range(2 if bias else 0)]
+            weights += [weight(proj, H)] if proj else []
+
+    sizes = None if batch_sizes is None else torch.tensor(list(batch_sizes))
+    if sizes is not None:
+        B = int(sizes[0])
+        input = normal(int(sizes.sum()), I)
+    else:
+        input = normal(B, T, I) if batch_first else normal(T, B, I)
+    has_c = numbers["states"] > 1
+    return Arguments(
+        cell,
+        input,
+        sizes,
+        normal(layers * directions, B, R) if state else None,
+        normal(layers * directions, B, H) if state and has_c else None,
+        weights,
+        layers,
+        bidirectional,
+        batch_first,
+    )
+
+
+def one_sided(weight: Tensor, H: int) -> Tensor:
+    """Rows of one sign: with non-negative inputs every term of a unit's sum has its sign."""
+    signs = torch.ones(len(weight), dtype=weight.dtype)
+    signs[1::2] = -1
+    return weight.abs() * signs.view(-1, *[1] * (weight.dim() - 1)) / math.sqrt(H)
+
+
+def by_reference(args: Arguments) -> tuple[Tensor, ...]:
+    """The states and output by `fused_rnn.reference`, in the dtype of the arguments."""
+    output, h_n, c_n = reference.rnn(
+        *args[:6],
+        num_layers=args.num_layers,
+        bidirectional=args.bidirectional,
+        batch_first=args.batch_first,
+        dropout=0.0,
+        training=False,
+    )
+    return (output, h_n) if c_n is None else (output, h_n, c_n)
+
+
+def by_torch(args: Arguments) -> tuple[Tensor, ...]:
+    """The same by torch's own functions; by the reference for cells that torch does not have."""
+    function = getattr(torch._VF, args.cell, None)
+    if function is None:
+        return by_reference(args)
+    directions = 2 if args.bidirectional else 1
+    per_direction = len(args.weights) // (args.num_layers * directions)
+    has_c = fused_rnn._C.cells()[args.cell]["states"] > 1
+    h0, c0 = args.h0, args.c0
+    if h0 is None:
+        B = args.input.shape[0 if args.batch_first else 1]
+        B = B if args.batch_sizes is None else int(args.batch_sizes[0])
+        weight_hh = args.weights[1]  # [G*H, R]
+        R, H = weight_hh.shape[1], weight_hh.shape[0] // fused_rnn._C.cells()[args.cell]["gates"]
+        h0 = args.input.new_zeros(args.num_layers * directions, B, R)
+        c0 = args.input.new_zeros(args.num_layers * directions, B, H)
+    hx = [h0, c0] if has_c else h0
+    rest = (args.weights, per_direction >= 4, args.num_layers, 0.0, False, args.bidirectional)
+    if args.batch_sizes is None:
+        return tuple(function(args.input, hx, *rest, args.batch_first))
+    return tuple(function(args.input, args.batch_sizes, hx, *rest))
+
+
+def by_ops(args: Arguments) -> tuple[Tensor, ...]:
+    """The same by `torch.ops.fused_rnn.inference`."""
+    output, h_n, c_n = torch.ops.fused_rnn.inference(*args)
+    return (output, h_n, c_n) if fused_rnn._C.cells()[args.cell]["states"] > 1 else (output, h_n)
+
+
+def seeds_like(
+    outputs: Iterable[Tensor], dtype: torch.dtype | None = None, seed: int = 1
+) -> list[Tensor]:
+    """Random gradients of the outputs, the same numbers for every dtype that holds `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(output.shape, generator=generator).to(dtype or output.dtype).to(output.dtype)
+        for output in outputs
+    ]
+
+
+def name_outputs(outputs: Iterable[Tensor]) -> Tensors:
+    return dict(zip(("output", "h_n", "c_n"), outputs, strict=False))
+
+
+def differentiate(
+    function: Callable[[Arguments], tuple[Tensor, ...]], args: Arguments, dtype: torch.dtype
+) -> Tensors:
+    """Outputs and all gradients of `function`, by autograd."""
+    args = args.map(lambda tensor: tensor.detach().requires_grad_())
+    outputs = function(args)
+    leaves = args.tensors()
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), seeds_like(outputs, dtype))
+    named = {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {name: t.detach() for name, t in (name_outputs(outputs) | named).items()}
+
+
+def differentiate_ops(args: Arguments) -> Tensors:
+    """Outputs and all gradients by `torch.ops.fused_rnn.forward` and `backward`."""
+    *outputs, saved = torch.ops.fused_rnn.forward(*args)
+    if args.c0 is None and fused_rnn._C.cells()[args.cell]["states"] == 1:
+        outputs = outputs[:2]
+    seeds = seeds_like(outputs)
+    d_c_n = seeds[2] if len(seeds) == 3 else None
+    d_input, d_h0, d_c0, d_weights = torch.ops.fused_rnn.backward(
+        args.cell, seeds[0], seeds[1], d_c_n, *args[1:6], saved, *args[6:], True, True, True
+    )
+    gradients = args._replace(input=d_input, h0=d_h0, c0=d_c0, weights=d_weights)
+    if args.c0 is None:
+        gradients = gradients._replace(c0=None)
+    if args.h0 is None:
+        gradients = gradients._replace(h0=None)
+    named = {f"d_{name}": gradient for name, gradient in gradients.tensors().items()}
+    return name_outputs(outputs) | named
+
+
+def judge_scan(cell: str, *sizes: int, dtype: torch.dtype, draws: int = 1, **options: Any) -> None:
+    """Judge outputs and gradients of the ops, over several draws where tensors are tiny."""
+    results: dict[str, list[Tensors]] = {"fused": [], "plain": [], "exact": []}
+    for seed in range(draws):
+        args = make_arguments(cell, *sizes, dtype=dtype, seed=seed, **options)
+        if cell == "rnn_relu" and dtype.itemsize == 2:
+            # Where a rounding decides the side of the kink, no gradient is right or wrong.
+            H = args.weights[1].shape[1]
+            args = args.map(Tensor.abs)
+            args = args._replace(weights=[one_sided(weight, H) for weight in args.weights])
+        results["fused"].append(differentiate_ops(args))
+        results["plain"].append(differentiate(by_torch, args, dtype))
+        results["exact"].append(differentiate(by_reference, args.map(Tensor.double), dtype))
+    judge(*(pool(each) for each in results.values()))

@@ -1,0 +1,282 @@
+"""The benchmark: its shapes, that it times only what agrees, and what it writes and concludes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+import fused_rnn
+from fused_rnn.bench import __main__ as cli
+from fused_rnn.bench import measure, report
+from fused_rnn.bench.measure import DisagreementError, Result
+from fused_rnn.bench.shapes import CELLS, GRID, PROGRAMS, SUITES, Shape
+
+ENVIRONMENT = report.Environment(
+    "A Machine, 2 CPUs", "2.13.0", "0.1.0", "avx2", "2026-01-02T03:04:05", "bench 'x, y'"
+)
+SHAPE = Shape("tiny", "LSTM", 4, 3, 5, 6)
+TINY = (
+    SHAPE,
+    Shape("tiny", "GRU", 4, 3, 5, 6, L=2, D=2, batch_first=True, strided=True, dropout=0.5),
+    Shape("tiny", "RNN", 6, 3, 5, 6, packed=True, state=True),
+    Shape("tiny", "LSTM", 1, 2, 5, 6, L=2, state=True),
+    Shape("tiny", "LSTMCell", 1, 2, 5, 6, state=True),
+    Shape("tiny", "GRUCell", 1, 2, 5, 6),
+)
+
+
+def result(speedup: float, **changes: Any) -> Result:
+    """A measurement of 10 ms against torch.nn's 10 ms * speedup."""
+    quartiles = {"q25": 0.9 * speedup, "q75": 1.1 * speedup}
+    r = Result(SHAPE, "training", 1, "float32", 10 * speedup, 10.0, speedup, 0, 0, 7, 1e-7, 1e-6)
+    return dataclasses.replace(r, **quartiles | changes)
+
+
+def write(path: Path, results: Iterable[Result]) -> str:
+    with path.open("w", encoding="utf-8") as file:
+        writer = report.Writer(file, ENVIRONMENT)
+        for r in results:
+            writer.write(r)
+    return str(path)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_shapes_are_told_apart_by_their_labels_and_can_be_built(suite: str) -> None:
+    shapes = SUITES[suite]
+    assert len({shape.label for shape in shapes}) == len(shapes)
+    for shape in shapes:
+        assert shape.family in CELLS
+        assert issubclass(getattr(fused_rnn, shape.cell), torch.nn.Module)
+        assert min(shape.T, shape.B, shape.I, shape.H, shape.L) >= 1
+        assert shape.D in (1, 2)
+        assert not (shape.strided and shape.packed)
+        if shape.cell.endswith("Cell"):
+            assert (shape.T, shape.L, shape.D) == (1, 1, 1)
+            assert not any((shape.packed, shape.strided, shape.batch_first))
+
+
+def test_suites_hold_what_they_promise() -> None:
+    sizes = {(s.cell, s.B, s.H) for s in GRID if s.name == "grid" and s.T == 50}
+    assert sizes == set(product(CELLS, (1, 8, 32, 64), (64, 128, 256, 512, 1024)))
+    for kind in ("cost of a call", "one step", "ragged"):
+        assert {s.cell for s in GRID if s.name == kind} == set(CELLS)
+    assert {s.name for s in PROGRAMS} <= {s.name for s in SUITES["quick"]}
+    assert set(SUITES["quick"]) < set(SUITES["all"])
+
+
+@pytest.mark.parametrize("mode", measure.MODES)
+@pytest.mark.parametrize("shape", TINY, ids=lambda shape: f"{shape.cell} {shape.sizes}")
+def test_every_kind_of_shape_is_measured(shape: Shape, mode: str) -> None:
+    r = measure.measure(shape, mode, "float32", budget=0.01)
+    assert r.pairs >= measure.LEAST_PAIRS
+    assert 0 < r.q25 <= r.speedup <= r.q75
+    assert min(r.torch_ms, r.fused_ms) > 0
+    assert r.max_rel_diff < 1e-5
+    assert r.threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("dtype", measure.DTYPES)
+def test_every_dtype_is_measured(dtype: str) -> None:
+    assert measure.measure(SHAPE, "training", dtype, budget=0.01).dtype == dtype
+
+
+def test_inputs_are_as_the_shape_says() -> None:
+    strided = measure._arguments(TINY[1], torch.float32, training=True)
+    assert strided.leaf.shape == (3, 4, 5)
+    assert not strided.leaf.is_contiguous()
+    assert strided.input is strided.leaf
+    assert strided.leaf.is_leaf
+
+    ragged = Shape("ragged", "LSTM", 50, 20, 3, 4, packed=True, state=True)
+    packed = measure._arguments(ragged, torch.float32, training=False)
+    assert isinstance(packed.input, PackedSequence)
+    assert len(packed.input.batch_sizes) == 50
+    assert 0.3 < len(packed.leaf) / (50 * 20) < 0.7
+    assert len(packed.d_output) == len(packed.leaf)
+    assert [tensor.shape for tensor in packed.hx] == [(1, 20, 4)] * 2
+
+
+def lstm_that(spoil: Any) -> SimpleNamespace:
+    class LSTM(fused_rnn.LSTM):
+        def forward(self, input: Any, hx: Any = None) -> Any:
+            output, state = super().forward(input, hx)
+            return spoil(output, state)
+
+    return SimpleNamespace(LSTM=LSTM)
+
+
+def with_gradient_of_half(output: torch.Tensor, state: Any) -> Any:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient / 2)
+    return output, state
+
+
+@pytest.mark.parametrize(
+    ("spoil", "modes"),
+    [
+        (lambda output, state: (output * 1.001, state), measure.MODES),
+        (lambda output, state: (output, (state[0], state[1] + 0.01)), measure.MODES),
+        (lambda output, state: (output * float("nan"), state), measure.MODES),
+        (lambda output, state: (output[:-1], state), ("inference",)),
+        (with_gradient_of_half, ("training",)),
+    ],
+    ids=["output", "cell state", "nan", "length", "gradient"],
+)
+def test_a_wrong_layer_is_not_timed(
+    spoil: Any, modes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_alternate", lambda *_, **__: pytest.fail("was timed"))
+    for mode in modes:
+        with pytest.raises(DisagreementError, match=f"tiny: LSTM T4 B3 I5 H6, {mode}"):
+            measure.measure(SHAPE, mode, "float32", 0.0, lstm_that(spoil))
+
+
+def test_the_two_sides_take_turns() -> None:
+    calls: list[str] = []
+
+    def side(name: str, seconds: float) -> Any:
+        return lambda: calls.append(name) or seconds
+
+    times = measure._alternate([side("torch", 2.0), side("fused", 1.0)], 0.0, at_least=3)
+    assert calls == ["torch", "fused"] * 3
+    assert times == [(2.0, 1.0)] * 3
+
+
+def die(*_: Any) -> None:
+    os._exit(1)
+
+
+def test_a_crash_names_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_outcome", die)
+    with pytest.raises(RuntimeError, match=f"the process died in {SHAPE.label}, training"):
+        list(measure.measure_all([(SHAPE, "training")], [1], "float32", 0.0))
+
+
+def test_csv_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    results = [result(1.5), result(2.5, shape=TINY[1], threads=2, mode="inference")]
+    path = write(tmp_path / "x.csv", results)
+    assert report.read(Path(path)) == (ENVIRONMENT, results)
+
+
+def test_summary_has_the_geometric_mean_and_the_worst_shape() -> None:
+    other = dataclasses.replace(SHAPE, B=7)
+    gru = dataclasses.replace(SHAPE, cell="GRU")
+    results = [result(1.0), result(4.0, shape=other), result(3.0, shape=gru)]
+    assert report.summary(results).rows == [
+        ("LSTM", "training", "1", "2", "2.00x", "1.00x", SHAPE.label),
+        ("GRU", "training", "1", "1", "3.00x", "3.00x", gru.label),
+    ]
+
+
+def test_comparison_pairs_equal_measurements_only() -> None:
+    new = [result(2.0, fused_ms=5.0), result(2.0, threads=2), result(2.0, shape=TINY[1])]
+    old = [result(1.0, fused_ms=20.0), result(1.0, mode="inference"), result(1.0, dtype="float64")]
+    table = report.comparison(new, old)
+    assert table.rows == [(SHAPE.label, "training", "1", "20", "5", "4.00x", "1.00x", "2.00x")]
+    assert table.title.startswith("1 measurements in common")
+    assert "4.00x" in table.title
+
+
+@pytest.mark.parametrize(("limit", "status"), [("1.0", 1), ("0.8", 0), ("0.79", 0)])
+def test_fail_if_slower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str, status: int
+) -> None:
+    new = write(tmp_path / "new.csv", [result(2.0), result(0.8, shape=TINY[1])])
+    old = write(tmp_path / "old.csv", [result(1.0, fused_ms=30.0)])
+    assert cli.main(["--load", new, "--compare", old, "--fail-if-slower", limit]) == status
+    out = capsys.readouterr().out
+    assert ("below 1x: 0.80x [0.72-0.88] tiny: GRU" in out) == bool(status)
+    assert "change 3.00x" in out
+
+
+def test_different_results_are_told_and_fail_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = [result(2.0), DisagreementError("this row is wrong")]
+    monkeypatch.setattr(cli, "measure_all", lambda *_: iter(outcomes))
+    argv = ["--out", str(tmp_path), "--threads", "1", "--machine", "My (own) machine"]
+    assert cli.main(argv) == 1
+    assert "DIFFERENT RESULTS, not timed: this row is wrong" in capsys.readouterr().out
+    (page,) = tmp_path.glob("*-my-own-machine-quick.md")
+    assert "- this row is wrong" in page.read_text(encoding="utf-8")
+    assert len(report.read(page.with_suffix(".csv"))[1]) == 1
+
+
+def test_from_the_command_line_to_csv_page_and_plot(tmp_path: Path) -> None:
+    words = "--filter cost.*(LSTM|GRU) --budget 0.01 --threads 1 2 --machine Box --out".split()
+    command = [sys.executable, "-m", "fused_rnn.bench", *words, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8/8" in done.stdout
+
+    (path,) = tmp_path.glob("*-box-quick-filtered.csv")
+    environment, results = report.read(path)
+    assert environment.machine == "Box"
+    assert "--filter 'cost.*(LSTM|GRU)'" in environment.command
+    measured = {(r.shape.cell, r.mode, r.threads) for r in results}
+    assert measured == set(product(("LSTM", "GRU"), measure.MODES, (1, 2)))
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page.count("cost of a call: GRU T1 B1 I8 H8") >= 4
+    assert f"({path.with_suffix('.png').name})" in page
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_of_a_suite_does_not_take_its_file() -> None:
+    def name(*words: str) -> str:
+        return cli.selection(cli.parser().parse_args(words))
+
+    assert name() == "quick"
+    assert name("--suite", "all", "--mode", "inference", "training") == "all"
+    assert name("--cell", "gru", "--mode", "training") == "quick-gru-training"
+    assert name("--dtype", "bfloat16", "--filter", "x") == "quick-bfloat16-filtered"
+
+
+def test_list_prints_the_selected_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--list", "--suite", "programs", "--cell", "gru", "--filter", "OCR"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "line OCR: GRU T160 B1 I192 H128 D2 batch_first strided",
+        "line OCR: GRU T160 B24 I192 H128 D2 batch_first strided",
+    ]
+
+
+def test_a_run_of_nothing_is_not_a_success(tmp_path: Path) -> None:
+    argv = ["--filter", "no such shape", "--out", str(tmp_path)]
+    assert cli.main([*argv, "--fail-if-slower", "1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_path_is_noticed_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "measure_all", lambda *_: pytest.fail("was measured"))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--compare", str(tmp_path / "nowhere.csv"), "--out", str(tmp_path)])
+
+
+def test_without_matplotlib_there_is_all_but_the_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = write(tmp_path / "x.csv", [result(2.0)])
+    assert cli.main(["--load", path]) == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.csv", "x.md"]
+    assert "png" not in (tmp_path / "x.md").read_text(encoding="utf-8")
+
+
+def test_without_rich_it_says_what_to_install() -> None:
+    code = "import runpy, sys; sys.modules['rich'] = None; runpy.run_module('fused_rnn.bench')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'fused_rnn[bench]'" in done.stderr

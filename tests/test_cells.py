@@ -1,0 +1,172 @@
+"""The cell floor: csrc/core and csrc/cells with a bare compiler, and as the library has them."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from judge import Tensors, judge, pool
+
+from fused_rnn import _C, reference
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "tests" / "csrc"
+FLAGS = "-std=c++20 -O3 -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -Wno-psabi".split()
+ISA_FLAGS = {
+    "DEFAULT": [],
+    "AVX2": "-mavx2 -mfma".split(),
+    "AVX512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma".split(),
+}
+CELLS = _C.cells()
+MAX_ULP = {"sigmoid": 2.5, "tanh": 1.5}
+
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+each_float = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+each_function = pytest.mark.parametrize("name", MAX_ULP)
+# Fewer than a vector, exactly some, some and a rest.
+each_count = pytest.mark.parametrize("count", [1, 7, 64, 203])
+
+
+def run(*command: str | Path) -> str:
+    """Run a program and return its output; a failure shows it."""
+    # A sanitizer preloaded for the library is not for compilers.
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, f"{shlex.join(done.args)}\n{done.stdout}"
+    return done.stdout
+
+
+# With a bare compiler
+
+
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+@pytest.mark.parametrize("program", ["test_math", "test_cells"])
+def test_program(program: str, isa: str, tmp_path: Path) -> None:
+    isas = list(ISA_FLAGS)
+    best = torch.backends.cpu.get_cpu_capability()
+    if isas.index(isa) > (isas.index(best) if best in isas else 0):
+        pytest.skip(f"{isa} needs more than this machine or ATEN_CPU_CAPABILITY has, {best}")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    binary = tmp_path / program
+    include = f"-I{ROOT / 'csrc'}"
+    run(*compiler, *FLAGS, *ISA_FLAGS[isa], include, CSRC / f"{program}.cpp", "-o", binary)
+    print(run(binary))
+
+
+def test_cells_are_device_code(tmp_path: Path) -> None:
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=f"{cuda}/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    strict = [
+        *("-Werror", "all-warnings"),
+        *("-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage,-Werror"),
+    ]
+    flags = ["-std=c++20", "-arch=sm_90", f"-I{ROOT / 'csrc'}", *strict]
+    run(nvcc, *flags, "-c", CSRC / "compile_cells.cu", "-o", tmp_path / "cells.o")
+
+
+def test_constants_are_those_of_the_script() -> None:
+    """math.h holds the numbers that tools/fit_polynomials.py derives, in its order."""
+    script = runpy.run_path(str(ROOT / "tools" / "fit_polynomials.py"))
+    number = re.compile(r"-?\b\d+\.\d*(?:e[+-]?\d+)?f?\b")
+    source = (ROOT / "csrc" / "core" / "math.h").read_text()
+    written: list[str] = number.findall(source)
+
+    def values(literals: list[str]) -> list[float]:
+        return [float(literal.removesuffix("f")) for literal in literals]
+
+    for fmt in script["FORMATS"]:
+        for name, literals in script["constants"](fmt).items():
+            there = any(
+                values(written[i : i + len(literals)]) == values(literals)
+                for i in range(len(written))
+            )
+            assert there, f"{fmt.name} {name}: {', '.join(literals)} not in math.h"
+
+
+# In the library, with the instruction set it has chosen
+
+
+@each_float
+@each_function
+def test_ulps(name: str, dtype: type[np.floating]) -> None:
+    rng = np.random.default_rng(0)
+    info = np.finfo(dtype)
+    scales = 2.0 ** rng.uniform(-40, 6, 200_001)
+    x = (rng.standard_normal(scales.size) * scales).astype(dtype)
+    y = _C.math(name, x)
+    wide = x.astype(np.longdouble)
+    exact = np.tanh(wide) if name == "tanh" else 1 / (1 + np.exp(-wide))
+    seen = exact >= 2 * info.tiny if name == "sigmoid" else np.full(x.shape, True)
+    _, exponent = np.frexp(exact)
+    ulps = np.abs(np.ldexp(y - exact, info.nmant + 1 - exponent))[seen]
+    assert y.dtype == dtype
+    assert ulps.max() <= MAX_ULP[name], f"{ulps.max()} at {x[seen][ulps.argmax()]}"
+
+
+@each_float
+@each_function
+def test_function_saturates_and_keeps_nan(name: str, dtype: type[np.floating]) -> None:
+    limit, tiny = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
+    x = np.array([np.inf, limit, tiny, 0, -limit, -np.inf, np.nan], dtype)
+    small = [0.5, 0.5, 0, 0] if name == "sigmoid" else [tiny, 0, -1, -1]
+    np.testing.assert_array_equal(_C.math(name, x), np.array([1, 1, *small, np.nan], dtype))
+
+
+def test_every_cell_has_an_oracle() -> None:
+    """A new cell needs an entry in fused_rnn.reference."""
+    assert CELLS.keys() == reference.CELLS.keys()
+    assert all(CELLS[cell]["states"] == reference.CELLS[cell].states for cell in CELLS)
+
+
+def arguments(cell: str, count: int, dtype: torch.dtype) -> Tensors:
+    gates, states = CELLS[cell]["gates"], CELLS[cell]["states"]
+    rows = {"x": gates, "h": gates, "prev": states, "d_state": states}
+    return {name: torch.randn(n, count, dtype=dtype) for name, n in rows.items()}
+
+
+def by_library(cell: str, args: Tensors) -> Tensors:
+    x, h, prev, d_state = (args[name].numpy() for name in ("x", "h", "prev", "d_state"))
+    state, saved = _C.cell_forward(cell, x, h, prev)
+    dx, dh, d_prev = _C.cell_backward(cell, saved, prev, state, d_state)
+    results = {"state": state, "dx": dx, "dh": dh, "d_prev": d_prev}
+    return {name: torch.from_numpy(value) for name, value in results.items()}
+
+
+def by_reference(cell: str, args: Tensors) -> Tensors:
+    x, h, prev = (args[name].clone().requires_grad_() for name in ("x", "h", "prev"))
+    after = reference.CELLS[cell].step(x.flatten(), h.flatten(), tuple(prev))
+    state = torch.stack(after)
+    dx, dh, d_prev = torch.autograd.grad(
+        state, (x, h, prev), args["d_state"], materialize_grads=True
+    )
+    return {"state": state.detach(), "dx": dx, "dh": dh, "d_prev": d_prev}
+
+
+@each_count
+@each_dtype
+@each_cell
+def test_cell_agrees_with_reference(cell: str, dtype: torch.dtype, count: int) -> None:
+    draws = [arguments(cell, count, dtype) for _ in range(1 + 500 // count)]
+    doubles = [{name: value.double() for name, value in draw.items()} for draw in draws]
+    judge(
+        pool(by_library(cell, draw) for draw in draws),
+        pool(by_reference(cell, draw) for draw in draws),
+        pool(by_reference(cell, draw) for draw in doubles),
+    )

@@ -1,0 +1,66 @@
+"""The examples learn: shortened runs, held against what a guess without a network would reach."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_noisy_sine_beats_naive_predictions(
+    cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "sine.png"
+    run = example("noisy_sine")["main"]
+    losses = run(["--cell", cell, "--epochs", "200", "--plot", str(plot)])
+    assert losses["training"] < 0.1 * losses["before training"]
+    assert losses["single-step"] < losses["repeating the last value"]
+    assert losses["multi-step"] < losses["the mean of the training part"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert f"multi-step                     {losses['multi-step']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layer", ["fused", "torch"])
+def test_char_lm_learns_and_writes(
+    layer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sample.txt"
+    argv = "--steps 60 --hidden 64 --batch 8 --window 32".split()
+    module = example("char_lm")
+    bits = module["main"]([*argv, "--layer", layer, "--out", str(out)])
+    text = module["python_reference"]()
+    # Better than any guess that does not look at the text before: its entropy per character.
+    frequencies = [text.count(character) / len(text) for character in set(text)]
+    entropy = -sum(p * math.log2(p) for p in frequencies)
+    assert len(bits) == 60
+    assert sum(bits[-10:]) / 10 < entropy < bits[0]
+    written = out.read_text(encoding="utf-8")
+    assert len(written) == 520
+    assert written.startswith(text[:20])
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_char_lm_is_the_same_with_either_layer(tmp_path: Path) -> None:
+    run = example("char_lm")["main"]
+    argv = f"--steps 5 --hidden 16 --batch 4 --window 16 --out {tmp_path / 'x'}".split()
+    fused, torch_nn = (run([*argv, "--layer", layer]) for layer in ("fused", "torch"))
+    assert fused == pytest.approx(torch_nn, rel=1e-4)
+
+
+def test_char_lm_starts_the_text_again_at_its_end(tmp_path: Path) -> None:
+    source = tmp_path / "short.txt"
+    source.write_text("abcdefgh" * 20, encoding="utf-8")
+    argv = f"--text {source} --steps 40 --batch 2 --window 16 --hidden 32 --out {tmp_path / 'x'}"
+    bits = example("char_lm")["main"](argv.split())
+    assert len(bits) == 40
+    assert bits[-1] < 0.5 * bits[0]

@@ -1,0 +1,172 @@
+"""What a user gets: a complete sdist, a wheel that works away from the source tree, a clear word
+where there is no compiler. And the tools that guard the source tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command without this process's own build switches."""
+    own = ("FUSED_RNN_", "PYTHONPATH", "CXXFLAGS", "LDFLAGS", "LD_PRELOAD")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=inherited | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[str, Path]:
+    """The build's output, and the folder in which the wheel was unpacked."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder]
+    built = run(*command, source, cwd=folder, **environment)
+    assert built.returncode == 0, built.stdout
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "unpacked")
+    return built.stdout, folder / "unpacked"
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sdist."""
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder]
+    built = run(*command, ROOT, cwd=folder)
+    assert built.returncode == 0, built.stdout
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return Path(str(archive).removesuffix(".tar.gz"))
+
+
+@pytest.mark.slow
+def test_sdist_is_complete(sdist: Path) -> None:
+    def files(root: Path, folder: str) -> set[str]:
+        kinds = (".h", ".cpp", ".py", ".pyi", ".typed", ".md")
+        found = (root / folder).rglob("*")
+        return {f.relative_to(root).as_posix() for f in found if f.suffix in kinds}
+
+    for folder in ("csrc", "fused_rnn", "tests", "tools", "examples", "docs"):
+        assert files(sdist, folder) == files(ROOT, folder)
+    for name in ("setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md"):
+        assert (sdist / name).is_file()
+    assert not list(sdist.rglob("*.so"))
+
+
+@pytest.mark.slow
+def test_wheel_from_sdist_works_away_from_the_source(sdist: Path, tmp_path: Path) -> None:
+    _, package = build_wheel(sdist, tmp_path, FUSED_RNN_STRICT="1")
+    modules = {f.relative_to(sdist) for f in (sdist / "fused_rnn").rglob("*.py")}
+    assert {f.relative_to(package) for f in package.rglob("*.py")} == modules
+    assert (package / "fused_rnn/py.typed").is_file()
+    assert len(list(package.glob("fused_rnn/_C.*.so"))) == 1
+
+    strict = {"PYTHONPATH": str(package), "FUSED_RNN_STRICT": "1"}
+    where = run(
+        sys.executable, "-c", "import fused_rnn; print(fused_rnn.__file__)", cwd=tmp_path, **strict
+    )
+    assert Path(where.stdout.strip()) == package / "fused_rnn/__init__.py"
+    info = run(sys.executable, "-m", "fused_rnn.info", cwd=tmp_path, **strict)
+    assert info.returncode == 0, info.stdout
+    assert info.stdout.endswith("OK\n")
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_package_installs_and_says_so(sdist: Path, tmp_path: Path) -> None:
+    output, package = build_wheel(sdist, tmp_path, CXX="no-such-compiler")
+    assert "fused_rnn._C was NOT built" in output
+    assert "no-such-compiler is not on PATH" in output
+    assert not list(package.rglob("*.so"))
+
+    info = run(sys.executable, "-m", "fused_rnn.info", cwd=tmp_path, PYTHONPATH=str(package))
+    assert info.returncode == 0, info.stdout
+    assert "fused_rnn._C cannot be loaded" in info.stdout
+    assert "RuntimeWarning" in info.stdout
+    assert info.stdout.endswith("OK\n")
+
+
+@pytest.mark.slow
+def test_strict_build_fails_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path]
+    environment = {"CXX": "no-such-compiler", "FUSED_RNN_STRICT": "1"}
+    built = run(*command, sdist, cwd=tmp_path, **environment)
+    assert built.returncode != 0
+    assert "no-such-compiler is not on PATH" in built.stdout
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_examples_of_the_readme_run(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert examples
+    for example in examples:
+        ran = run(sys.executable, "-c", example, cwd=tmp_path, PYTHONPATH=str(ROOT))
+        assert ran.returncode == 0, f"{example}\n{ran.stdout}"
+
+
+def test_includes_of_the_source_tree() -> None:
+    ran = run(sys.executable, ROOT / "tools/check_includes.py", cwd=ROOT)
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "include", "complaint"),
+    [
+        ("cpu/scan.h", "<torch/csrc/stable/tensor.h>", "bindings only"),
+        ("cpu/scan.h", "<pybind11/pybind11.h>", "bindings only"),
+        ("core/math.h", "<Python.h>", "bindings only"),
+        ("core/math.h", '"../cells/cell.h"', "csrc/core may not depend on csrc/cells"),
+        ("cells/cell.h", '"cpu/scan.h"', "csrc/cells may not depend on csrc/cpu"),
+        ("cpu/scan.h", '"missing.h"', "no file of csrc/"),
+        ("rocm/scan.h", "<stdint.h>", "knows no folder rocm"),
+        ("bindings/ops.cpp", "<torch/csrc/stable/tensor.h>", None),
+        ("cpu/scan.h", '"../cells/cell.h"', None),
+        ("cpu/scan.h", "<stdint.h>", None),
+    ],
+)
+def test_check_includes_catches_a_planted_include(
+    tmp_path: Path, file: str, include: str, complaint: str | None
+) -> None:
+    for name in ("core/math.h", "cells/cell.h", "cpu/scan.h", file):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / file).write_text(f"#pragma once\n  # include {include}\n")
+    ran = run(sys.executable, ROOT / "tools/check_includes.py", tmp_path, cwd=ROOT)
+    if complaint is None:
+        assert ran.returncode == 0, ran.stdout
+    else:
+        assert ran.returncode == 1
+        assert f"{tmp_path / file}" in ran.stdout
+        assert complaint in ran.stdout
+
+
+@pytest.mark.parametrize(("shared", "status"), [(True, 1), (False, 0)])
+def test_check_symbols_catches_a_function_two_instruction_sets_share(
+    tmp_path: Path, shared: bool, status: int
+) -> None:
+    for unit in ("kernels_avx2", "kernels_baseline"):
+        name = "shared" if shared else unit
+        source = f"inline int {name}_name(int x) {{ return x + 1; }} auto {unit} = &{name}_name;"
+        (tmp_path / f"{unit}.cpp").write_text(source)
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "-c", f"{unit}.cpp"]
+        compiled = run(*command, cwd=tmp_path)
+        assert compiled.returncode == 0, compiled.stdout
+    ran = run(sys.executable, ROOT / "tools/check_symbols.py", tmp_path, cwd=ROOT)
+    assert ran.returncode == status, ran.stdout
+    assert ("shared_name(int)" in ran.stdout) == shared

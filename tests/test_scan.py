@@ -1,0 +1,641 @@
+"""The scan floor: `torch.ops.fused_rnn.*` for every registered cell, without modules."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scans import (
+    FLOATS,
+    Arguments,
+    by_ops,
+    by_reference,
+    by_torch,
+    differentiate,
+    differentiate_ops,
+    judge_scan,
+    make_arguments,
+    seeds_like,
+)
+from torch import Tensor
+
+import fused_rnn
+
+ops = torch.ops.fused_rnn
+CELLS = sorted(fused_rnn._C.cells())
+RAGGED = (5, 5, 3, 1, 1)
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+
+
+def has_c(cell: str) -> bool:
+    return fused_rnn._C.cells()[cell]["states"] > 1
+
+
+def backward(
+    args: Arguments,
+    seeds: list[Tensor | None],
+    saved: Tensor,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> list[Tensor]:
+    """The op's gradients, flat: d_input, d_h0, d_c0, *d_weights."""
+    *most, d_weights = ops.backward(args[0], *seeds, *args[1:6], saved, *args[6:], *needs)
+    return [*most, *d_weights]
+
+
+def seeds_for(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Gradients of output, h_n, c_n; None for the c_n of a cell with one state."""
+    return [seed if seed.numel() else None for seed in seeds_like(outputs)]
+
+
+def everything(args: Arguments) -> list[Tensor]:
+    """All that forward and backward return."""
+    *outputs, saved = ops.forward(*args)
+    return [*outputs, *backward(args, seeds_for(tuple(outputs)), saved)]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Bit for bit, NaN included."""
+    assert len(ours) == len(theirs)
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.shape == b.shape, k
+        assert torch.equal(a.isnan(), b.isnan()), k
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), k
+
+
+# Every remainder of the tiles: H around the vector of 16, B around the rows of a tile.
+SIZES = [
+    # T, B, I, H
+    (1, 1, 1, 1),
+    (2, 1, 3, 1),
+    (3, 2, 1, 7),
+    (5, 3, 6, 7),
+    (1, 5, 8, 16),
+    (3, 8, 16, 16),
+    (2, 13, 17, 17),
+    (3, 1, 40, 17),
+    (3, 5, 2, 33),
+    (1, 1, 33, 33),
+    (50, 2, 3, 33),
+    (2, 64, 5, 33),
+    (3, 13, 10, 150),
+    (2, 2, 150, 150),
+    (1, 8, 65, 150),
+    (50, 1, 4, 48),
+    (4, 100, 7, 20),
+]
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_accuracy_of_every_size(cell: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    _, B, _, H = sizes
+    judge_scan(cell, *sizes, dtype=dtype, draws=max(1, 64 // (B * H)))
+
+
+def structures() -> list[dict[str, Any]]:
+    layouts = ({}, {"batch_first": True}, {"batch_sizes": RAGGED})
+    return [
+        {"layers": layers, "bidirectional": bidirectional, "bias": bias, **layout}
+        for layers, bidirectional, bias, layout in itertools.product(
+            (1, 2, 3), (False, True), (True, False), layouts
+        )
+    ]
+
+
+def describe(options: dict[str, Any]) -> str:
+    return "-".join(str(value).replace(" ", "") for value in options.values())
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("options", structures(), ids=describe)
+def test_accuracy_of_every_structure(
+    cell: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("options", structures(), ids=describe)
+def test_accuracy_with_projection(options: dict[str, Any], dtype: torch.dtype) -> None:
+    judge_scan("lstm", 5, 5, 6, 19, proj=5, dtype=dtype, draws=2, **options)
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> tuple[str, tuple[int, ...], dict[str, Any]]:
+    cell = draw(st.sampled_from(CELLS))
+    H = draw(st.integers(1, 70))
+    options: dict[str, Any] = {
+        "layers": draw(st.integers(1, 2)),
+        "bidirectional": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "state": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+    }
+    if cell == "lstm" and H > 1 and draw(st.booleans()):
+        options["proj"] = draw(st.integers(1, H - 1))
+    T, B, I = draw(st.integers(1, 8)), draw(st.integers(1, 20)), draw(st.integers(1, 40))
+    if draw(st.booleans()):
+        sizes = draw(st.lists(st.integers(1, B), min_size=T, max_size=T))
+        options["batch_sizes"] = sorted(sizes, reverse=True)
+    return cell, (T, B, I, H), options
+
+
+@given(questions(), st.sampled_from(FLOATS))
+def test_accuracy_of_any_shape(question: Any, dtype: torch.dtype) -> None:
+    cell, sizes, options = question
+    B = options["batch_sizes"][0] if "batch_sizes" in options else sizes[1]
+    smallest = B * options.get("proj", sizes[3])
+    judge_scan(cell, *sizes, dtype=dtype, draws=max(1, 64 // smallest), **options)
+
+
+@each_cell
+def test_reference_agrees_with_torch_in_float64(cell: str) -> None:
+    """The oracle is judged where torch.nn knows the cell; elsewhere it is all there is."""
+    if not hasattr(torch._VF, cell):
+        pytest.skip("torch does not have this cell")
+    for options in structures():
+        for proj in (0, 4) if cell == "lstm" else (0,):
+            args = make_arguments(cell, 4, 5, 6, 9, proj=proj, dtype=torch.float64, **options)
+            ours = differentiate(by_reference, args, torch.float64)
+            theirs = differentiate(by_torch, args, torch.float64)
+            for name, tensor in ours.items():
+                torch.testing.assert_close(tensor, theirs[name], rtol=1e-12, atol=1e-13)
+
+
+@each_cell
+def test_reference_is_differentiable_twice(cell: str) -> None:
+    args = make_arguments(cell, 3, 2, 3, 2, layers=2, bidirectional=True, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in args.tensors().values()]
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        replaced = iter(tensors)
+        return by_reference(args.map(lambda _: next(replaced)))
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+    assert torch.autograd.gradgradcheck(outputs, leaves)
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("options", structures()[::5], ids=describe)
+def test_forward_returns_what_inference_returns(
+    cell: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    args = make_arguments(cell, 5, 5, 6, 19, dtype=dtype, **options)
+    assert_same(list(ops.forward(*args))[:3], list(ops.inference(*args)))
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("batch_sizes", [None, RAGGED], ids=["even", "ragged"])
+def test_shapes_and_layouts(
+    cell: str, batch_sizes: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    T, B, H, L, D = 5, 5, 19, 2, 2
+    args = make_arguments(
+        cell, T, B, 6, H, layers=L, bidirectional=True, batch_sizes=batch_sizes, dtype=dtype
+    )
+    output, h_n, c_n, saved = ops.forward(*args)
+    N = args.input.shape[0] if batch_sizes else T * B
+    assert output.shape == ((N, D * H) if batch_sizes else (T, B, D * H))
+    assert h_n.shape == (L * D, B, H)
+    assert c_n.shape == ((L * D, B, H) if has_c(cell) else (0,))
+    numbers = fused_rnn._C.cells()[cell]
+    assert saved.shape == (L * D, N, (numbers["states"] + numbers["saved"]) * 32)
+    assert saved.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    gradients = backward(args, seeds_for((output, h_n, c_n)), saved)
+    states = [args.h0, args.c0 if has_c(cell) else torch.empty(0)]
+    for tensor, like in zip(gradients, [args.input, *states, *args.weights], strict=True):
+        assert tensor.shape == like.shape
+    for tensor in (output, h_n, c_n, *gradients):
+        assert tensor.is_contiguous()
+        assert tensor.dtype == dtype
+    storages = [t.untyped_storage().data_ptr() for t in (*args.tensors().values(), output, h_n)]
+    assert len(set(storages)) == len(storages)
+
+
+@each_cell
+def test_output_of_batch_first_is_contiguous(cell: str) -> None:
+    args = make_arguments(cell, 4, 3, 5, 7, batch_first=True)
+    output = by_ops(args)[0]
+    assert output.shape == (3, 4, 7)
+    assert output.is_contiguous()
+    time_first = args._replace(input=args.input.transpose(0, 1), batch_first=False)
+    assert torch.equal(output, by_ops(time_first)[0].transpose(0, 1))
+
+
+@each_cell
+@pytest.mark.parametrize("options", structures()[::7], ids=describe)
+def test_no_state_means_zeros(cell: str, options: dict[str, Any]) -> None:
+    args = make_arguments(cell, 5, 5, 6, 19, state=False, **options)
+    zeros = make_arguments(cell, 5, 5, 6, 19, **options)
+    zeros = args._replace(
+        h0=torch.zeros_like(zeros.h0), c0=torch.zeros_like(zeros.c0) if has_c(cell) else None
+    )
+    *outputs, saved = ops.forward(*args)
+    *expected, saved_of_zeros = ops.forward(*zeros)
+    assert_same(outputs, expected)
+    seeds, needs = seeds_for(tuple(outputs)), (True, False, True)
+    assert_same(backward(args, seeds, saved, needs), backward(zeros, seeds, saved_of_zeros, needs))
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    wide = torch.full((*tensor.shape, 3), float("nan"), dtype=tensor.dtype)
+    wide[..., 1] = tensor
+    return wide[..., 1]
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """One element beyond an aligned address."""
+    storage = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype)
+    storage[1:] = tensor.flatten()
+    return storage[1:].view(tensor.shape)
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("batch_sizes", [None, RAGGED], ids=["even", "ragged"])
+@pytest.mark.parametrize("relay", [transposed, strided, unaligned])
+def test_layout_of_arguments_does_not_matter(
+    cell: str, relay: Any, batch_sizes: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    args = make_arguments(
+        cell, 5, 4, 6, 19, layers=2, bidirectional=True, batch_sizes=batch_sizes, dtype=dtype
+    )
+    assert_same(everything(args.map(relay)), everything(args))
+
+
+@each_cell
+def test_expanded_arguments(cell: str) -> None:
+    """Strides of zero in the input, the states and the gradients."""
+    args = make_arguments(cell, 5, 1, 6, 19)
+    wide = args._replace(
+        input=args.input.expand(5, 4, 6),
+        h0=args.h0.expand(1, 4, 19),
+        c0=args.c0.expand(1, 4, 19) if has_c(cell) else None,
+    )
+    dense = wide.map(Tensor.contiguous)
+    assert_same(list(ops.inference(*wide)), list(ops.inference(*dense)))
+    *outputs, saved = ops.forward(*dense)
+    ones = [torch.ones(()).expand(t.shape) if t.numel() else None for t in outputs]
+    full = [None if one is None else one.contiguous() for one in ones]
+    assert_same(backward(wide, ones, saved), backward(dense, full, saved))
+
+
+@each_cell
+def test_arguments_are_never_written(cell: str) -> None:
+    args = make_arguments(cell, 5, 5, 6, 19, layers=2, bidirectional=True, batch_sizes=RAGGED)
+    before = args.map(Tensor.clone)
+    *outputs, saved = ops.forward(*args)
+    ops.inference(*args)
+    seeds, kept = seeds_for(tuple(outputs)), saved.clone()
+    given = [*args.tensors().values(), args.batch_sizes, saved, *filter_none(seeds)]
+    versions = [tensor._version for tensor in given]
+    copies = [tensor.clone() for tensor in filter_none(seeds)]
+    backward(args, seeds, saved)
+    assert versions == [tensor._version for tensor in given]
+    assert_same(list(args.tensors().values()), list(before.tensors().values()))
+    assert_same([saved, *filter_none(seeds)], [kept, *copies])
+    assert args.batch_sizes.tolist() == list(RAGGED)
+
+
+def filter_none(tensors: list[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+@each_cell
+def test_backward_may_be_repeated(cell: str) -> None:
+    args = make_arguments(cell, 5, 5, 6, 19, layers=2)
+    *outputs, saved = ops.forward(*args)
+    seeds = seeds_for(tuple(outputs))
+    assert_same(backward(args, seeds, saved), backward(args, seeds, saved))
+
+
+@each_cell
+def test_backward_does_not_read_the_outputs(cell: str) -> None:
+    args = make_arguments(cell, 5, 5, 6, 19, layers=2)
+    *outputs, saved = ops.forward(*args)
+    seeds = seeds_for(tuple(outputs))
+    expected = backward(args, seeds, saved)
+    for output in outputs:
+        output.zero_()
+    assert_same(backward(args, seeds, saved), expected)
+
+
+@each_cell
+@pytest.mark.parametrize("absent", range(1, 8))
+def test_absent_output_gradients_are_zeros(cell: str, absent: int) -> None:
+    args = make_arguments(cell, 5, 5, 6, 19, layers=2, bidirectional=True)
+    *outputs, saved = ops.forward(*args)
+    full = seeds_for(tuple(outputs))
+    missing = [bool(absent >> k & 1) for k in range(3)]
+    none = [None if gone else seed for seed, gone in zip(full, missing, strict=True)]
+    zero = [
+        torch.zeros_like(seed) if gone and seed is not None else seed
+        for seed, gone in zip(full, missing, strict=True)
+    ]
+    assert_same(backward(args, none, saved), backward(args, zero, saved))
+
+
+@each_cell
+@pytest.mark.parametrize("batch_sizes", [None, RAGGED], ids=["even", "ragged"])
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_only_the_needed_gradients_are_made(
+    cell: str, needs: tuple[bool, bool, bool], batch_sizes: tuple[int, ...] | None
+) -> None:
+    args = make_arguments(cell, 5, 5, 6, 19, layers=2, bidirectional=True, batch_sizes=batch_sizes)
+    *outputs, saved = ops.forward(*args)
+    seeds = seeds_for(tuple(outputs))
+    full = backward(args, seeds, saved)
+    part = backward(args, seeds, saved, needs)
+    wanted = [needs[0], needs[1], needs[1], *[needs[2]] * len(args.weights)]
+    if not needs[2]:
+        assert sum(tensor.numel() for tensor in part[3:]) == 0
+        full, part, wanted = full[:3], part[:3], wanted[:3]
+    empty = torch.empty(0)
+    assert_same(part, [t if want else empty for t, want in zip(full, wanted, strict=True)])
+
+
+# One size for each way to share the work: batch rows, hidden units, directions, and one thread.
+SHARED = [
+    ((20, 64, 8, 40), {}),
+    ((20, 1, 8, 256), {}),
+    ((10, 6, 8, 250), {"bidirectional": True}),
+    ((10, 13, 30, 70), {"layers": 2, "bidirectional": True, "batch_first": True}),
+    ((0, 0, 30, 150), {"batch_sizes": (13, 13, 9, 9, 4, 4, 1, 1), "bidirectional": True}),
+    ((2, 2, 3, 4), {}),
+]
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("sizes", "options"), SHARED, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(
+    cell: str, sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    args = make_arguments(cell, *sizes, dtype=dtype, **options)
+    torch.set_num_threads(1)
+    expected = everything(args)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert_same(everything(args), expected)
+        assert_same(list(ops.inference(*args)), expected[:3])
+
+
+@each_cell
+@pytest.mark.parametrize(("sizes", "options"), SHARED, ids=str)
+def test_repeated_calls_agree_bit_for_bit(
+    cell: str, sizes: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    args = make_arguments(cell, *sizes, **options)
+    expected = everything(args)
+    for _ in range(3):
+        assert_same(everything(args), expected)
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_batch_of_none(cell: str, batch_first: bool, dtype: torch.dtype) -> None:
+    args = make_arguments(cell, 4, 0, 5, 7, layers=2, batch_first=batch_first, dtype=dtype)
+    results = everything(args)
+    assert results[0].shape == ((0, 4, 7) if batch_first else (4, 0, 7))
+    assert results[1].shape == (2, 0, 7)
+    for gradient, weight in zip(results[6:], args.weights, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(weight))
+
+
+@each_cell
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["input", "h0"])
+def test_what_is_not_finite_propagates_as_in_torch(cell: str, where: str, value: float) -> None:
+    args = make_arguments(cell, 4, 3, 5, 19, layers=2)
+    tensor = args.tensors()[where]
+    tensor[-1, 1, 2] = value
+    theirs = differentiate(by_torch, args, torch.float32)
+    for name, ours in differentiate_ops(args).items():
+        torch.testing.assert_close(ours, theirs[name], equal_nan=True)
+
+
+@each_cell
+def test_nan_stays_in_its_row(cell: str) -> None:
+    clean = make_arguments(cell, 4, 13, 5, 19, layers=2, bidirectional=True)
+    dirty = clean.map(Tensor.clone)
+    dirty.input[1, 6] = float("nan")
+    others = [row for row in range(13) if row != 6]
+    expected, found = everything(clean), everything(dirty)
+    for k in (0, 1, 2, 3, 4, 5):  # outputs, then the gradients of input and states
+        if expected[k].numel():
+            assert_same([found[k][:, others]], [expected[k][:, others]])
+    assert found[0][:, 6].isnan().any()
+
+
+@each_cell
+def test_nan_stays_behind_in_time(cell: str) -> None:
+    clean = make_arguments(cell, 6, 4, 5, 19)
+    dirty = clean.map(Tensor.clone)
+    dirty.input[3] = float("nan")
+    found = by_ops(dirty)[0]
+    assert_same([found[:3]], [by_ops(clean)[0][:3]])
+    assert found[3:].isnan().all()
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("value", [1e3, -1e3])
+def test_saturated_gates(cell: str, value: float, dtype: torch.dtype) -> None:
+    args = make_arguments(cell, 4, 3, 5, 19, dtype=dtype)
+    args = args._replace(input=torch.full_like(args.input, value))
+    theirs = differentiate(by_torch, args, dtype)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}
+    for name, ours in differentiate_ops(args).items():
+        torch.testing.assert_close(ours, theirs[name], **tolerance)
+
+
+@each_cell
+@pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e-42])
+def test_tiny_numbers(cell: str, scale: float) -> None:
+    """Down to denormals: small, not lost."""
+    args = make_arguments(cell, 4, 3, 5, 19, bias=False)
+    args = args._replace(h0=args.h0 * scale, input=args.input * scale)
+    args = args._replace(c0=args.c0 * scale if has_c(cell) else None)
+    exact = by_reference(args.map(Tensor.double))
+    smallest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    for ours, truth in zip(by_ops(args), exact, strict=True):
+        assert truth.abs().max() > 100 * smallest
+        atol = max(1e-6 * scale, 20 * smallest)
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=atol)
+
+
+def test_cell_name_is_checked() -> None:
+    args = make_arguments("lstm")
+    with pytest.raises(RuntimeError, match="lstmm"):
+        ops.inference(*args._replace(cell="lstmm"))
+
+
+def replace_weight(args: Arguments, k: int, weight: Tensor) -> Arguments:
+    return args._replace(weights=[*args.weights[:k], weight, *args.weights[k + 1 :]])
+
+
+def batch_sizes(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(sizes, dtype=dtype)
+
+
+# name of the argument that the message must name -> what is done to sound arguments
+MISUSES: list[tuple[str, str, Any]] = [
+    *[
+        (name, f"{name} of another dtype", lambda a, w=where: cast(a, w, torch.float64))
+        for name, where in [("h0", "h0"), ("c0", "c0"), ("weight_ih", 0), ("weight_hh", 1),
+                            ("bias_ih", 2), ("bias_hh", 7)]
+    ],
+    ("input", "integer input", lambda a: a.map(lambda t: t.to(torch.int64))),
+    ("input", "complex input", lambda a: a.map(lambda t: t.to(torch.complex64))),
+    ("input", "input of one dimension", lambda a: a._replace(input=a.input[0, 0])),
+    ("input", "input of four dimensions", lambda a: a._replace(input=a.input[None])),
+    ("weight_ih", "input too wide", lambda a: a._replace(input=torch.randn(5, 3, 8))),
+    ("weight_ih", "input too narrow", lambda a: a._replace(input=torch.randn(5, 3, 4))),
+    ("h0", "h0 with too few rows", lambda a: a._replace(h0=a.h0[:, :2])),
+    ("h0", "h0 with too many rows", lambda a: a._replace(h0=torch.randn(2, 4, 7))),
+    ("h0", "h0 with too few layers", lambda a: a._replace(h0=a.h0[:1])),
+    ("h0", "h0 too narrow", lambda a: a._replace(h0=a.h0[..., :6])),
+    ("h0", "h0 of two dimensions", lambda a: a._replace(h0=a.h0[0])),
+    ("c0", "c0 with too few rows", lambda a: a._replace(c0=a.c0[:, :2])),
+    ("c0", "c0 too narrow", lambda a: a._replace(c0=a.c0[..., :6])),
+    ("weight", "no weights", lambda a: a._replace(weights=[])),
+    ("weight", "one weight too few", lambda a: a._replace(weights=a.weights[:-1])),
+    ("weight", "one weight too many", lambda a: a._replace(weights=[*a.weights, a.weights[0]])),
+    ("weight", "weights of one layer only", lambda a: a._replace(num_layers=1)),
+    ("weight", "a second direction without weights", lambda a: a._replace(bidirectional=True)),
+    ("num_layers", "no layers", lambda a: a._replace(num_layers=0)),
+    ("num_layers", "fewer than no layers", lambda a: a._replace(num_layers=-1)),
+    ("weight_ih", "weight_ih short of a row", lambda a: replace_weight(a, 0, a.weights[0][:-1])),
+    ("weight_hh", "weight_hh short of a row", lambda a: replace_weight(a, 1, a.weights[1][:-1])),
+    ("weight_hh", "weight_hh too wide", lambda a: replace_weight(a, 1, torch.randn(28, 8))),
+    ("bias_ih", "bias too short", lambda a: replace_weight(a, 2, a.weights[2][:-1])),
+    ("bias_hh", "bias of two dimensions", lambda a: replace_weight(a, 3, a.weights[3][None])),
+    ("weight_ih", "second layer of another width", lambda a: replace_weight(a, 4, a.weights[0])),
+    ("weight_hh", "weight of no dimension", lambda a: replace_weight(a, 1, torch.tensor(1.0))),
+    ("input", "a packed input of three dimensions",
+     lambda a: a._replace(batch_sizes=batch_sizes(3, 2))),
+]  # fmt: skip
+
+PACKED_MISUSES: list[tuple[str, Any]] = [
+    ("growing", batch_sizes(2, 3)),
+    ("sum too small", batch_sizes(3, 1)),
+    ("sum too large", batch_sizes(3, 3)),
+    ("int32", batch_sizes(3, 2, dtype=torch.int32)),
+    ("float", batch_sizes(3, 2, dtype=torch.float32)),
+    ("two dimensions", batch_sizes(3, 2)[None]),
+    ("negative", batch_sizes(6, -1)),
+    ("huge", batch_sizes(2**62, 2**62)),
+    ("none", batch_sizes()),
+]
+
+
+def cast(args: Arguments, where: str | int, dtype: torch.dtype) -> Arguments:
+    if isinstance(where, int):
+        return replace_weight(args, where, args.weights[where].to(dtype))
+    return args._replace(**{where: getattr(args, where).to(dtype)})
+
+
+@pytest.mark.parametrize("op", ["inference", "forward"])
+@pytest.mark.parametrize(("name", "misuse"), [(n, m) for n, _, m in MISUSES],
+                         ids=[words for _, words, _ in MISUSES])  # fmt: skip
+def test_misuse_raises_and_names_the_argument(op: str, name: str, misuse: Any) -> None:
+    args = misuse(make_arguments("lstm", 5, 3, 6, 7, layers=2))
+    with pytest.raises(RuntimeError) as error:
+        getattr(ops, op)(*args)
+    assert name in str(error.value)
+    assert "fused_rnn" in str(error.value)
+
+
+@pytest.mark.parametrize("op", ["inference", "forward"])
+@pytest.mark.parametrize("sizes", [s for _, s in PACKED_MISUSES],
+                         ids=[words for words, _ in PACKED_MISUSES])  # fmt: skip
+def test_wrong_batch_sizes_raise(op: str, sizes: Tensor) -> None:
+    args = make_arguments("gru", 0, 0, 6, 7, batch_sizes=(3, 2))
+    with pytest.raises(RuntimeError, match=r"batch_sizes|sequence length"):
+        getattr(ops, op)(*args._replace(batch_sizes=sizes))
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if not has_c(cell)])
+def test_a_cell_with_one_state_refuses_c0(cell: str) -> None:
+    args = make_arguments(cell)
+    with pytest.raises(RuntimeError, match="c0"):
+        ops.inference(*args._replace(c0=args.h0))
+
+
+@pytest.mark.parametrize("op", ["inference", "forward"])
+def test_no_time_steps_raise(op: str) -> None:
+    args = make_arguments("lstm", 0, 3, 6, 7)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
+        getattr(ops, op)(*args)
+
+
+def spoil_backward(k: int, tensor: Tensor | None) -> Any:
+    """A call of backward whose k-th of d_output, d_h_n, d_c_n, saved is `tensor`."""
+    args = make_arguments("lstm", 5, 3, 6, 7, layers=2)
+    *outputs, saved = ops.forward(*args)
+    given = [*seeds_for(tuple(outputs)), saved]
+    given[k] = tensor
+    return backward(args, given[:3], given[3])
+
+
+@pytest.mark.parametrize(
+    ("k", "name", "tensor"),
+    [
+        (0, "d_output", torch.randn(5, 3, 8)),
+        (0, "d_output", torch.randn(3, 5, 7)),
+        (0, "d_output", torch.randn(5, 3, 7).double()),
+        (1, "d_h_n", torch.randn(1, 3, 7)),
+        (1, "d_h_n", torch.randn(2, 3, 7).bfloat16()),
+        (2, "d_c_n", torch.randn(2, 2, 7)),
+        (2, "d_c_n", torch.randn(2, 3, 7).double()),
+        (3, "saved", torch.randn(2, 14, 96)),
+        (3, "saved", torch.randn(2, 15, 80)),
+        (3, "saved", torch.randn(2, 15, 96).double()),
+        (3, "saved", torch.randn(0)),
+    ],
+    ids=lambda value: f"{tuple(value.shape)}{value.dtype}" if isinstance(value, Tensor) else value,
+)
+def test_misuse_of_backward_raises(k: int, name: str, tensor: Tensor) -> None:
+    with pytest.raises(RuntimeError) as error:
+        spoil_backward(k, tensor)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["input", "h0", "c0", "weights[1]"])
+def test_other_devices_raise(name: str) -> None:
+    """A tensor without memory among those that have some must not be read."""
+    args = make_arguments("lstm")
+    if name == "weights[1]":
+        args = replace_weight(args, 1, args.weights[1].to("meta"))
+    else:
+        args = args._replace(**{name: getattr(args, name).to("meta")})
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        ops.inference(*args)[0].sum().item()
+
+
+@each_cell
+@pytest.mark.parametrize("options", [{}, {"batch_sizes": RAGGED}, {"batch_first": True}], ids=str)
+def test_opcheck(cell: str, options: dict[str, Any]) -> None:
+    args = make_arguments(cell, 5, 5, 4, 19, layers=2, bidirectional=True, **options)
+    torch.library.opcheck(ops.inference.default, tuple(args))
+    torch.library.opcheck(ops.forward.default, tuple(args))
+    *outputs, saved = ops.forward(*args)
+    seeds = seeds_for(tuple(outputs))
+    for needs in ((True, True, True), (True, False, False)):
+        torch.library.opcheck(
+            ops.backward.default, (cell, *seeds, *args[1:6], saved, *args[6:], *needs)
+        )
