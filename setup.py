@@ -43,7 +43,7 @@ ISA_FLAGS = {
 
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    "-ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
+    "-ffp-contract=fast -Wall -Wextra -Wno-psabi"
 ).split()
 LD_FLAGS = ["-shared", "-pthread"]
 if SANITIZE:

@@ -150,12 +150,12 @@ def _route(call: _Call) -> str:
 
 def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
     """The route of a call on these tensors, the first of them the input; why, unless fused."""
+    if ops.transforms_active():
+        return "reference", "a torch.func transform is active"
     if compiling:
         if torch.onnx.is_in_onnx_export():
             return "torch", "ONNX has no such operator"
     else:
-        if ops.transforms_active():
-            return "reference", "a torch.func transform is active"
         if getattr(forward_ad, "_current_level", -1) >= 0:
             return "reference", "forward-mode AD is active"
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -181,14 +181,13 @@ def _overrides_torch_function(tensor: Tensor) -> bool:
 
 
 def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
-    """Everything in `dtype`; if None, in the widest of input and states."""
-    moving = [t for t in (call.input, call.h0, call.c0) if t is not None]
-    if not call.input.is_cpu or any(
-        t.dtype not in _AUTOCAST_DTYPES for t in (*moving, *call.weights)
-    ):
+    """Everything in `dtype`; if None in that of the states, or of the input if they are None."""
+    states = [state for state in (call.h0, call.c0) if state is not None]
+    tensors = (call.input, *states, *call.weights)
+    if not call.input.is_cpu or any(t.dtype not in _AUTOCAST_DTYPES for t in tensors):
         return call
     if dtype is None:
-        dtype = functools.reduce(torch.promote_types, (t.dtype for t in moving))
+        dtype = functools.reduce(torch.promote_types, [t.dtype for t in states or [call.input]])
     return call._replace(
         input=call.input.to(dtype),
         h0=None if call.h0 is None else call.h0.to(dtype),
@@ -199,11 +198,16 @@ def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
 
 def _fused(call: _Call) -> Result:
     has_c = reference.CELLS[call.cell].states > 1
-    if torch.is_grad_enabled() and (
-        call.input.requires_grad
-        or any(weight.requires_grad for weight in call.weights)
-        or (call.h0 is not None and call.h0.requires_grad)
-        or (call.c0 is not None and call.c0.requires_grad)
+    # An exported graph holds nothing but the op: what backward needs would be computed in vain.
+    if (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and (
+            call.input.requires_grad
+            or any(weight.requires_grad for weight in call.weights)
+            or (call.h0 is not None and call.h0.requires_grad)
+            or (call.c0 is not None and call.c0.requires_grad)
+        )
     ):
         cell, input, batch_sizes, h0, c0, weights, *options = call
         output, h_n, *c_n = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
@@ -260,13 +264,14 @@ def _torch(call: _Call, dropout: float, training: bool) -> Result:
     """By `torch.lstm` and its kin, which on CUDA is cuDNN."""
     # cuDNN differentiates only what it ran in training mode.
     training = training or (call.input.is_cuda and torch.is_grad_enabled())
+    scans = call.num_layers * (2 if call.bidirectional else 1)
     states = _states(call)
     output, *after = getattr(_VF, call.cell)(
         call.input,
         *(() if call.batch_sizes is None else (call.batch_sizes,)),
         states if len(states) > 1 else states[0],
         list(call.weights),
-        len(call.weights) // states[0].shape[0] >= 4,  # has biases
+        len(call.weights) // scans >= 4,  # has biases
         call.num_layers,
         dropout,
         training,

@@ -5,7 +5,6 @@ Ends with `OK` and status 0 when the layers agree with torch.nn, forward and bac
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -72,16 +71,16 @@ def routes(device: str) -> list[tuple[str, str]]:
 
 
 def strategies() -> Iterable[tuple[str, str]]:
+    """For an LSTM of typical shapes: who does what, and why."""
     from fused_rnn import _C
 
-    threads = torch.get_num_threads()
-    for cell in ("lstm", "gru"):
-        for T, B, I, H, directions in SHAPES:
-            plan = _C.strategy(cell, T, B, I, H, 0, directions, threads)
-            yield (
-                f"{cell} T={T} B={B} I={I} H={H}{' both ways' if directions == 2 else ''}",
-                ", ".join(f"{key}: {value}" for key, value in plan.items()),
-            )
+    for T, B, I, H, directions in SHAPES:
+        plan = _C.strategy("lstm", T, B, I, H, 0, directions, torch.get_num_threads())
+        reason = plan.pop("reason")
+        yield (
+            f"T={T} B={B} I={I} H={H}{' both ways' if directions == 2 else ''}",
+            f"{reason} ({', '.join(f'{key}: {value}' for key, value in plan.items())})",
+        )
 
 
 def _outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -119,7 +118,7 @@ def _lines(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 def main() -> int:
     versions = [
-        ("fused_rnn", importlib.metadata.version("fused_rnn")),
+        ("fused_rnn", fused_rnn.__version__),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
         ("machine", f"{platform.system()} {platform.machine()}"),
@@ -138,7 +137,7 @@ def main() -> int:
             *_C.build_info().items(),
         ]
         _lines("library, built with", library)
-        _lines("how a forward scan is split", strategies())
+        _lines("how the forward scan of an LSTM is split", strategies())
     else:
         _lines("library", [("missing", str(ops.unavailable_reason))])
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

@@ -32,7 +32,7 @@ class _Twin(nn.Module):
 
         twin: nn.Module = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        return to_torch(twin)
+        return to_torch(twin, report=lambda name, outcome: None)
 
     def _tensor(self, name: str) -> Any:
         """The parameter, or what a parametrization, pruning or a replica has in its place."""

@@ -40,9 +40,13 @@ inference: Callable[..., tuple[Tensor, Tensor, Tensor]]
 _forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
-# A torch.func transform (vmap, grad, jvp, ...) is running. A private name, hence the fallback.
+# Private names, hence the fallbacks.
+# A transform of torch.func (vmap, grad, jvp, ...) is running.
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
+)
+_is_key_included: Callable[[str], bool] = getattr(
+    torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False
 )
 
 
@@ -75,9 +79,12 @@ class RNNFunction(torch.autograd.Function):
         if all(d is None for d in d_outputs):
             return (None,) * (4 + len(needs))
         input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
-        # Gradients are recorded in here only under create_graph. The op has no derivative and no
-        # batching rule, the reference has both.
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transforms_active()):
+        # Inside backward, gradients are enabled under create_graph only, and the key is there under
+        # autograd.grad(is_grads_batched=True) only. The op has neither a derivative nor a batching
+        # rule, the reference has both.
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or transforms_active() or _is_key_included("VmapMode")
+        ):
             tensors = [input, batch_sizes, h0, c0, *weights]
             return (None,) * 4 + _differentiable_backward(
                 ctx.cell, ctx.options, tensors, needs, d_outputs

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from judge import Tensors, judge
+from judge import Tensors, judge_draws
 from scans import Arguments, by_reference, name_outputs, one_sided, seeds_like
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -55,15 +55,14 @@ def has_deciding_kink(layer: nn.RNNBase) -> bool:
     return layer.mode == "RNN_RELU" and layer.weight_ih_l0.dtype.itemsize == 2
 
 
-def state_for(layer: nn.RNNBase, *batch: int, seed: int = 2) -> Any:
+def state_for(layer: nn.RNNBase, *batch: int) -> Any:
     """A random hx for `layer`; no `batch` for unbatched input."""
-    generator = torch.Generator().manual_seed(seed)
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
     dtype = layer.weight_ih_l0.dtype
-    h0 = torch.randn(rows, *batch, layer.proj_size or layer.hidden_size, generator=generator)
+    h0 = torch.randn(rows, *batch, layer.proj_size or layer.hidden_size)
     if layer.mode != "LSTM":
         return h0.to(dtype)
-    c0 = torch.randn(rows, *batch, layer.hidden_size, generator=generator)
+    c0 = torch.randn(rows, *batch, layer.hidden_size)
     return h0.to(dtype), c0.to(dtype)
 
 
@@ -140,17 +139,24 @@ def run(
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def judge_layer(ours: nn.RNNBase, theirs: nn.RNNBase, input: Any, hx: Any = None) -> None:
-    """Judge outputs, states and every gradient of a layer against its torch.nn twin."""
+def judge_layer(
+    ours: nn.RNNBase, theirs: nn.RNNBase, question: Callable[[], tuple[Any, Any]]
+) -> None:
+    """Judge outputs, states and every gradient on random (input, hx) against the torch.nn twin."""
     dtype = theirs.weight_ih_l0.dtype
-    if has_deciding_kink(theirs):
-        input, hx = map_tensors(Tensor.abs, (input, hx))
-    fused = run(ours, dict(ours.named_parameters()), input, hx, dtype)
-    plain = run(theirs, dict(theirs.named_parameters()), input, hx, dtype)
     double = copy.deepcopy(theirs).double()
-    input, hx = map_tensors(Tensor.double, (input, hx))
-    exact = run(oracle(double), dict(double.named_parameters()), input, hx, dtype)
-    judge(fused, plain, exact)
+
+    def draw() -> tuple[Tensors, Tensors, Tensors]:
+        input, hx = question()
+        if has_deciding_kink(theirs):
+            input, hx = map_tensors(Tensor.abs, (input, hx))
+        fused = run(ours, dict(ours.named_parameters()), input, hx, dtype)
+        plain = run(theirs, dict(theirs.named_parameters()), input, hx, dtype)
+        input, hx = map_tensors(Tensor.double, (input, hx))
+        exact = run(oracle(double), dict(double.named_parameters()), input, hx, dtype)
+        return fused, plain, exact
+
+    judge_draws(draw)
 
 
 def complaint(call: Callable[[], object]) -> tuple[type[BaseException], str]:

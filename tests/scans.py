@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from judge import Tensors, judge, pool
+from judge import Tensors, judge_draws
 from torch import Tensor
 
 import fused_rnn
@@ -198,17 +199,18 @@ def differentiate_ops(args: Arguments) -> Tensors:
     return name_outputs(outputs) | named
 
 
-def judge_scan(cell: str, *sizes: int, dtype: torch.dtype, draws: int = 1, **options: Any) -> None:
-    """Judge outputs and gradients of the ops, over several draws where tensors are tiny."""
-    results: dict[str, list[Tensors]] = {"fused": [], "plain": [], "exact": []}
-    for seed in range(draws):
-        args = make_arguments(cell, *sizes, dtype=dtype, seed=seed, **options)
+def judge_scan(cell: str, *sizes: int, dtype: torch.dtype, **options: Any) -> None:
+    """Judge outputs and gradients of the ops on a random question."""
+    seed = itertools.count()
+
+    def draw() -> tuple[Tensors, Tensors, Tensors]:
+        args = make_arguments(cell, *sizes, dtype=dtype, seed=next(seed), **options)
         if cell == "rnn_relu" and dtype.itemsize == 2:
             # Where a rounding decides the side of the kink, no gradient is right or wrong.
             H = args.weights[1].shape[1]
             args = args.map(Tensor.abs)
             args = args._replace(weights=[one_sided(weight, H) for weight in args.weights])
-        results["fused"].append(differentiate_ops(args))
-        results["plain"].append(differentiate(by_torch, args, dtype))
-        results["exact"].append(differentiate(by_reference, args.map(Tensor.double), dtype))
-    judge(*(pool(each) for each in results.values()))
+        fused, plain = differentiate_ops(args), differentiate(by_torch, args, dtype)
+        return fused, plain, differentiate(by_reference, args.map(Tensor.double), dtype)
+
+    judge_draws(draw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from layers import KINDS, flatten, make, state_for, twins
 from torch import Tensor, nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -24,11 +26,11 @@ def close(ours: Any, theirs: Any) -> None:
 
 
 def leaves_of(layer: nn.RNNBase, B: int = 3) -> list[Tensor]:
-    """Input, states and parameters; the first ones as fresh leaves."""
-    generator = torch.Generator().manual_seed(7)
-    dtype = layer.weight_ih_l0.dtype
-    input = torch.randn(4, B, layer.input_size, generator=generator).to(dtype)
-    return [t.requires_grad_() for t in (input, *flatten(state_for(layer, B)))]
+    """Input and states, the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        input = torch.randn(4, B, layer.input_size, dtype=layer.weight_ih_l0.dtype)
+        return [t.requires_grad_() for t in (input, *flatten(state_for(layer, B)))]
 
 
 def call(layer: nn.RNNBase, input: Tensor, *states: Tensor) -> list[Tensor]:
@@ -223,16 +225,27 @@ def double(kind: str, **options: Any) -> tuple[nn.RNNBase, Any, list[Tensor]]:
 @each_kind
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"num_layers": 2, "bidirectional": True},
-        {"bias": False, "num_layers": 2},
-    ],
+    [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "num_layers": 2}],
     ids=str,
 )
 def test_gradcheck(kind: str, options: dict[str, Any]) -> None:
     _, function, leaves = double(kind, **options)
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(
+        function, leaves, check_forward_ad=True, check_batched_grad=True
+    )
+
+
+@each_kind
+def test_batched_gradients(kind: str) -> None:
+    """Many vector-Jacobian products at once, as `jacobian(vectorize=True)` takes them."""
+    layer = make(fused_rnn, kind, 5, 7)
+    leaves = [*leaves_of(layer), *layer.parameters()]
+    output = call(layer, *leaves[: -len(list(layer.parameters()))])[0]
+    seeds = torch.randn(3, *output.shape)
+    found = torch.autograd.grad(output, leaves, seeds, is_grads_batched=True, retain_graph=True)
+    for k, seed in enumerate(seeds):
+        alone = torch.autograd.grad(output, leaves, seed, retain_graph=True)
+        close([gradient[k] for gradient in found], list(alone))
 
 
 @each_kind
@@ -247,10 +260,17 @@ def test_gradcheck_of_packed_sequences(kind: str) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
-def test_gradgradcheck(kind: str, options: dict[str, Any]) -> None:
-    _, function, leaves = double(kind, **options)
-    assert torch.autograd.gradgradcheck(function, leaves)
+def test_gradgradcheck(kind: str) -> None:
+    _, function, leaves = double(kind)
+    assert torch.autograd.gradgradcheck(
+        function, leaves, check_fwd_over_rev=True, check_batched_grad=True
+    )
+
+
+@each_kind
+def test_gradgradcheck_of_a_stack(kind: str) -> None:
+    _, function, leaves = double(kind, num_layers=2, bidirectional=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 @each_kind
@@ -342,6 +362,21 @@ def test_gradients_per_sample(kind: str) -> None:
         layer(x)[0].square().sum().backward()
         for name, parameter in layer.named_parameters():
             close(found[name][k], parameter.grad)
+
+
+@each_kind
+def test_expanded_weights(kind: str) -> None:
+    """torch's own per-sample gradients, which intercept torch.lstm and its kin."""
+    # In float32 torch's LSTM is oneDNN's, which they cannot handle.
+    layer = make(fused_rnn, kind, 5, 7, batch_first=True, dtype=torch.float64)
+    inputs = torch.randn(3, 4, 5, dtype=torch.float64)
+    call_for_per_sample_grads(layer)(inputs)[0].square().sum().backward()
+    for k, x in enumerate(inputs):
+        alone = copy.deepcopy(layer)
+        alone.zero_grad()
+        alone(x)[0].square().sum().backward()
+        for mine, one in zip(layer.parameters(), alone.parameters(), strict=True):
+            close(mine.grad_sample[k], one.grad)
 
 
 @each_kind

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from layers import KINDS, flatten, make
+from processes import output_of
 from torch import Tensor, nn
 
 import fused_rnn
@@ -24,20 +23,6 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 def train_step(layer: nn.Module, input: Tensor) -> list[Tensor]:
     outputs = flatten(layer(input))
     return [*outputs, *torch.autograd.grad(outputs[0].sum(), list(layer.parameters()))]
-
-
-def python(code: str, **environment: str) -> str:
-    """The standard output of a fresh interpreter in this folder."""
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 @each_kind
@@ -97,7 +82,7 @@ assert all(map(torch.equal, step(), expected))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_computes_after_its_parent_did() -> None:
-    python(FORK)
+    output_of(FORK)
 
 
 class Rows(torch.utils.data.Dataset[Tensor]):
@@ -178,7 +163,7 @@ def test_every_instruction_set_gives_the_same_answers(isa: str, tmp_path: Path) 
         f"assert fused_rnn._C.isa() == {isa!r}, fused_rnn._C.isa();"
         f"torch.save(t.answers(), {str(path)!r})"
     )
-    python(code, ATEN_CPU_CAPABILITY="default" if isa == "baseline" else isa)
+    output_of(code, ATEN_CPU_CAPABILITY="default" if isa == "baseline" else isa)
     torch.testing.assert_close(torch.load(path), answers(), rtol=1e-5, atol=1e-5)
 
 
@@ -190,7 +175,7 @@ def supported(isa: str) -> bool:
 
 def test_results_are_the_same_in_another_process() -> None:
     code = "import test_environment as t; print([x.double().sum().item() for x in t.answers()])"
-    assert python(code).strip() == str([x.double().sum().item() for x in answers()])
+    assert output_of(code).strip() == str([x.double().sum().item() for x in answers()])
 
 
 @each_kind
@@ -226,4 +211,23 @@ for a, p in zip(wrapped, layer.parameters()):
     torch.testing.assert_close(a, p.grad)
 torch.distributed.destroy_process_group()
 """
-    python(code)
+    output_of(code)
+
+
+def test_fully_sharded_data_parallel_of_one(tmp_path: Path) -> None:
+    """Parameters become DTensors that are gathered for the call."""
+    code = f"""
+import copy, torch, fused_rnn
+from torch.distributed.fsdp import fully_shard
+torch.distributed.init_process_group(
+    "gloo", init_method="file://{tmp_path}/rendezvous", rank=0, world_size=1)
+mesh = torch.distributed.init_device_mesh("cpu", (1,))
+layer, input = fused_rnn.LSTM(5, 7, 2), torch.randn(4, 3, 5)
+model = fully_shard(copy.deepcopy(layer), mesh=mesh)
+for module in (layer, model):
+    module(input)[0].sum().backward()
+for p, q in zip(layer.parameters(), model.parameters()):
+    torch.testing.assert_close(p.grad, q.grad.full_tensor())
+torch.distributed.destroy_process_group()
+"""
+    output_of(code)

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """torch.nn with more threads crawls where other programs run: it took a minute for seconds."""
+    torch.set_num_threads(1)
 
 
 def example(name: str) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from judge import Tensors, judge, pool
-from torch import Tensor
+from judge import Tensors, judge, judge_draws
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -84,11 +85,27 @@ def test_empty_tensors_pass() -> None:
     judge({"x": empty}, {"x": empty}, {"x": empty.double()})
 
 
-def test_pool_judges_the_draws_together() -> None:
-    def draw(value: float) -> dict[str, Tensor]:
-        return {"x": torch.full((2, 2), value)}
+def draws_of(*wrong_by: float) -> Callable[[], tuple[Tensors, Tensors, Tensors]]:
+    each = iter(wrong_by)
+    return lambda: answers(torch.float32, 20, next(each))
 
-    assert pool([draw(1), draw(2)])["x"].flatten().tolist() == [1] * 4 + [2] * 4
+
+def test_one_good_draw_is_enough() -> None:
+    judge_draws(draws_of(1.0))
+
+
+def test_an_unlucky_draw_is_judged_among_others() -> None:
+    judge_draws(draws_of(3.0, *[1.0] * 15))
+
+
+def test_three_times_the_error_is_caught_in_many_draws() -> None:
+    with pytest.raises(AssertionError, match="x: rms error"):
+        judge_draws(draws_of(*[3.0] * 16))
+
+
+def test_one_wrong_draw_is_not_hidden_by_the_others() -> None:
+    with pytest.raises(AssertionError, match="x: max error"):
+        judge_draws(draws_of(30.0, *[1.0] * 15))
 
 
 def test_uninitialised_memory_is_poisoned() -> None:

@@ -52,15 +52,15 @@ def test_accuracy(
         batch_first=form == "batch_first",
         dtype=dtype,
     )
-    hx = state_for(theirs, *(() if form == "unbatched" else (B,)))
-    judge_layer(ours, theirs, make_input(form, T, B, I, dtype), hx)
+    batch = () if form == "unbatched" else (B,)
+    judge_layer(ours, theirs, lambda: (make_input(form, T, B, I, dtype), state_for(theirs, *batch)))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_accuracy_without_hx(kind: str, form: str) -> None:
     ours, theirs = twins(kind, I, H, 2, bidirectional=True, batch_first=form == "batch_first")
-    judge_layer(ours, theirs, make_input(form, T, B, I, torch.float32))
+    judge_layer(ours, theirs, lambda: (make_input(form, T, B, I, torch.float32), None))
 
 
 @st.composite
@@ -94,14 +94,18 @@ def test_accuracy_of_any_shape(case: dict[str, Any]) -> None:
         dtype=case["dtype"],
     )
     batch = () if case["form"] == "unbatched" else (B,)
-    hx = state_for(theirs, *batch) if case["with_state"] else None
-    judge_layer(ours, theirs, make_input(case["form"], T, B, I, case["dtype"]), hx)
+
+    def question() -> tuple[Any, Any]:
+        hx = state_for(theirs, *batch) if case["with_state"] else None
+        return make_input(case["form"], T, B, I, case["dtype"]), hx
+
+    judge_layer(ours, theirs, question)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_sequences_stay_accurate(kind: str) -> None:
     ours, theirs = twins(kind, 8, 33)
-    judge_layer(ours, theirs, torch.randn(200, 4, 8), state_for(theirs, 4))
+    judge_layer(ours, theirs, lambda: (torch.randn(200, 4, 8), state_for(theirs, 4)))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/strategy.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -98,7 +99,8 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   py::dict result;
   result["split"] = names.at(plan.split);
   result["threads"] = plan.threads;
-  result["pack"] = plan.pack;
+  result["pack_ih"] = plan.pack_ih;
+  result["pack_hh"] = plan.pack_hh;
   result["chunk_steps"] = plan.chunk_steps;
   result["reason"] = plan.reason;
   return result;
@@ -140,6 +142,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
   m.def("math", &math<float>, py::arg("name"), py::arg("x").noconvert());
   m.def("math", &math<double>, py::arg("name"), py::arg("x").noconvert());
+  m.def("poison_new_memory", &poison_new_memory, py::arg("on"));
   m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("proj"),
         py::arg("directions"), py::arg("threads"));
 }

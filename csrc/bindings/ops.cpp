@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -12,6 +13,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/strategy.h"
+#include "memory.h"
 
 namespace fused_rnn {
 namespace {
@@ -130,8 +132,19 @@ class Call {
   }
   ScalarType saved_type() const { return type == ScalarType::Double ? type : ScalarType::Float; }
 
+  // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which costs a small
+  // call more than its arithmetic.
   Tensor empty(const Shape& shape, std::optional<ScalarType> of = std::nullopt) const {
-    return torch::stable::new_empty(input_, {shape.data(), shape.size()}, of);
+    Shape strides(shape.size());
+    int64_t stride = 1;
+    for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+    AtenTensorHandle handle = nullptr;
+    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(of.value_or(type)));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    Tensor tensor(handle);
+    new_memory(tensor.data_ptr(), size_t(tensor.numel()) * tensor.element_size());
+    return tensor;
   }
   Tensor zeros(const Shape& shape) const { return torch::stable::new_zeros(input_, {shape.data(), shape.size()}); }
   Tensor nothing() const { return empty({0}); }

@@ -21,8 +21,6 @@ class BackwardScan {
       : p_(problem),
         plan_(plan),
         steps_(problem.steps),
-        // Reading weights in place is for the accumulation type only.
-        pack_(plan.pack || kLowPrecision),
         Hp_(pad_units(problem.H)),
         Rp_(pad_units(problem.R)),
         ldg_(G * Hp_ + kSkew),
@@ -35,11 +33,14 @@ class BackwardScan {
     const int64_t widest = p_.layers > 1 && p_.dirs * p_.R > p_.I ? p_.dirs * p_.R : p_.I;
     const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
     const bool weights = p_.d_weights != nullptr;
+    // Weights of a storage type that is not computed in are never read in place.
+    const bool pack_ih = plan_.pack_ih || kLowPrecision;
+    const bool pack_hh = plan_.pack_hh || kLowPrecision;
     for (int64_t d = 0; d < p_.dirs; ++d) {
       Direction& dir = directions_[d];
-      dir.packed_ih = arena.take<A>(pack_ ? G * Hp_ * pad_units(widest) : 0);
-      dir.packed_hh = arena.take<A>(pack_ ? G * Hp_ * Rp_ : 0);
-      dir.packed_hr = arena.take<A>(pack_ && p_.projected() ? Rp_ * Hp_ : 0);
+      dir.packed_ih = arena.take<A>(pack_ih && (p_.layers > 1 || p_.d_input.data) ? G * Hp_ * pad_units(widest) : 0);
+      dir.packed_hh = arena.take<A>(pack_hh ? G * Hp_ * Rp_ : 0);
+      dir.packed_hr = arena.take<A>(pack_hh && p_.projected() ? Rp_ * Hp_ : 0);
       dir.h0 = arena.take<A>(steps_.B * Rp_);
       dir.c0 = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
       dir.dh = arena.take<A>(steps_.B * Rp_);
@@ -164,22 +165,21 @@ class BackwardScan {
   void prepare(const Task& task, const Member& member) {
     Direction& dir = *task.dir;
     const Weights& w = task.weights;
-    if (pack_) {
-      int64_t turn = 0;
-      const auto pack_all = [&](const void* weight, int64_t gates, int64_t units, int64_t columns, Range range,
-                                bool shared, A* packed) {
-        const int64_t K = gates * pad_units(units);
-        for_panels<A, 1>(range.begin, range.end, [&](int64_t column, int vectors) {
-          if (shared && turn++ % member.size != member.index) return;
-          pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column, vectors,
-                    packed + column * K);
-        });
-      };
-      const bool by_units = plan_.split == Split::kUnits;
-      pack_all(w.hh, G, p_.H, p_.R, by_units ? member.units : Range{0, Rp_}, !by_units, dir.packed_hh);
-      if (needs_input(task.layer)) pack_all(w.ih, G, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
-      if (p_.projected()) pack_all(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
-    }
+    int64_t turn = 0;
+    const auto pack = [&](const void* weight, int64_t gates, int64_t units, int64_t columns, Range range, bool shared,
+                          A* packed) {
+      if (!packed) return;
+      const int64_t K = gates * pad_units(units);
+      for_panels<A, 1>(range.begin, range.end, [&](int64_t column, int vectors) {
+        if (shared && turn++ % member.size != member.index) return;
+        pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column, vectors,
+                  packed + column * K);
+      });
+    };
+    const bool by_units = plan_.split == Split::kUnits;
+    pack(w.hh, G, p_.H, p_.R, by_units ? member.units : Range{0, Rp_}, !by_units, dir.packed_hh);
+    if (needs_input(task.layer)) pack(w.ih, G, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
+    pack(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
 
     const int64_t state = task.plane * steps_.B;
     const auto row = [&](const void* tensor, int64_t b, int64_t n) {
@@ -291,7 +291,7 @@ class BackwardScan {
              const A* packed, int64_t column, int vectors, const A* add, int64_t ld_add, A* out, int64_t ldo) const {
     const int64_t padded = pad_units(units);
     if constexpr (!kLowPrecision)
-      if (!pack_)
+      if (!packed)
         return times_rows<A>(rows, gates, units, padded, N, a, lda, static_cast<const A*>(w), column, vectors, add,
                              ld_add, out, ldo);
     const int64_t K = gates * padded;
@@ -490,7 +490,6 @@ class BackwardScan {
   const BackwardProblem& p_;
   const Plan plan_;
   const Steps& steps_;
-  const bool pack_;
   const int64_t Hp_;
   const int64_t Rp_;
   const int64_t ldg_;

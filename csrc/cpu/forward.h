@@ -31,9 +31,9 @@ class ForwardScan {
     const int64_t stagers = plan_.split == Split::kUnits ? team_of(plan_.threads, p_.dirs, 0).size() : 1;
     for (int64_t d = 0; d < p_.dirs; ++d) {
       Direction& dir = directions_[d];
-      dir.packed_ih = arena.take<A>(plan_.pack ? G * Hp_ * widest : 0);
-      dir.packed_hh = arena.take<A>(plan_.pack ? G * Hp_ * p_.R : 0);
-      dir.packed_hr = arena.take<A>(plan_.pack && p_.projected() ? Rp_ * p_.H : 0);
+      dir.packed_ih = arena.take<A>(plan_.pack_ih ? G * Hp_ * widest : 0);
+      dir.packed_hh = arena.take<A>(plan_.pack_hh ? G * Hp_ * p_.R : 0);
+      dir.packed_hr = arena.take<A>(plan_.pack_hh && p_.projected() ? Rp_ * p_.H : 0);
       dir.bias_ih = arena.take<A>(G * Hp_);
       dir.bias_hh = arena.take<A>(G * Hp_);
       dir.h[0] = arena.take<A>(steps_.B * Rp_);
@@ -126,11 +126,13 @@ class ForwardScan {
       if (shared && turn++ % member.size != member.index) return;
       pack_bias<S, G>(static_cast<const S*>(w.bias_ih), p_.H, unit, vectors, dir.bias_ih + unit * G);
       pack_bias<S, G>(static_cast<const S*>(w.bias_hh), p_.H, unit, vectors, dir.bias_hh + unit * G);
-      if (!plan_.pack) return;
-      pack_transposed<S, G>(static_cast<const S*>(w.ih), p_.H, task.I, unit, vectors, dir.packed_ih + unit * G * task.I);
-      pack_transposed<S, G>(static_cast<const S*>(w.hh), p_.H, p_.R, unit, vectors, dir.packed_hh + unit * G * p_.R);
+      const auto pack = [&](const void* weight, int64_t K, A* packed) {
+        if (packed) pack_transposed<S, G>(static_cast<const S*>(weight), p_.H, K, unit, vectors, packed + unit * G * K);
+      };
+      pack(w.ih, task.I, dir.packed_ih);
+      pack(w.hh, p_.R, dir.packed_hh);
     });
-    if (plan_.pack && p_.projected())
+    if (plan_.pack_hh && p_.projected())
       for_panels<A, 1>(0, Rp_, [&](int64_t unit, int vectors) {
         if (turn++ % member.size != member.index) return;
         pack_transposed<S, 1>(static_cast<const S*>(w.hr), p_.R, p_.H, unit, vectors, dir.packed_hr + unit * p_.H);
@@ -206,7 +208,7 @@ class ForwardScan {
   template <int gates>
   void product(int64_t rows, int64_t K, const A* x, int64_t ldx, const S* w, int64_t units, const A* packed,
                int64_t unit, int vectors, const A* bias, A* out, int64_t ldo) const {
-    if (!plan_.pack) return dot<S, gates>(rows, K, x, ldx, w, units, unit, vectors, bias, out, ldo);
+    if (!packed) return dot<S, gates>(rows, K, x, ldx, w, units, unit, vectors, bias, out, ldo);
     const int64_t width = int64_t(gates) * vectors * L;
     for_row_tiles<A, Left::kRows>(rows, gates * vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
       tile(K, x + m * ldx, ldx, packed + unit * gates * K, width, bias, 0, out + m * ldo, ldo);
@@ -234,7 +236,7 @@ class ForwardScan {
             apply_cell(row, m + i, unit + v * L, gates_x + (m + i) * G * Hp_ + unit * G + v * L,
                        tile_out + i * width + v * L, vectors * L, h, h_next);
       };
-      if (plan_.pack) {
+      if (dir.packed_hh) {
         for_row_tiles<A, Left::kRows>(rows, G * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
           tile(p_.R, h + m * Rp_, Rp_, dir.packed_hh + unit * G * p_.R, width, bias, 0, tile_out, width);
           finish_tile(m, height);

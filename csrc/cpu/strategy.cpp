@@ -11,12 +11,26 @@ constexpr double kFlopsPerMicrosecond = 1.5e5;
 // Opening a parallel region costs 1-2 us; a barrier 0.1 us and, when a core is shared, much more.
 constexpr double kWorthARegion = 20.0;
 constexpr double kWorthABarrier = 2.0;
-// Packing reads and writes a weight once. It pays from about this many rows on.
+// Packing reads and writes a weight once. It pays from about this many rows on where the copy stays in L2, and
+// later where it does not.
 constexpr int64_t kRowsWorthPacking = 8;
+constexpr int64_t kRowsWorthPackingLarge = 48;
+constexpr int64_t kLarge = 1 << 18;  // elements of a weight
 // Rows of the input product made at once: enough to use W_ih well from L2, few enough to stay there.
-constexpr int64_t kForwardChunkRows = 48;
+constexpr int64_t kForwardChunkRows = 64;
 // Rows of one weight-gradient product: the gradient is read and written once per chunk.
 constexpr int64_t kBackwardChunkRows = 256;
+
+// Steps per chunk: chunks of equal length, each of at most `rows` rows (but one step at least).
+int64_t chunk_steps(int64_t T, int64_t B, int64_t rows) {
+  const int64_t most = std::max<int64_t>(1, rows / std::max<int64_t>(1, B));
+  const int64_t chunks = (T + most - 1) / most;
+  return std::max<int64_t>(1, (T + chunks - 1) / chunks);
+}
+
+bool worth_packing(int64_t weight, int64_t rows) {
+  return rows >= (weight > kLarge ? kRowsWorthPackingLarge : kRowsWorthPacking);
+}
 
 Plan plan(const Stack& s, int64_t gates, int max_threads, double work, int64_t chunk_rows) {
   const double per_row = 2.0 * double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
@@ -24,8 +38,10 @@ Plan plan(const Stack& s, int64_t gates, int max_threads, double work, int64_t c
   const double step = sequence / double(std::max<int64_t>(s.steps.T, 1));
 
   Plan plan;
-  plan.chunk_steps = std::clamp<int64_t>(chunk_rows / std::max<int64_t>(s.steps.B, 1), 1, std::max<int64_t>(s.steps.T, 1));
-  plan.pack = s.steps.N >= kRowsWorthPacking;
+  plan.chunk_steps = chunk_steps(s.steps.T, s.steps.B, chunk_rows);
+  const int64_t w_ih = gates * s.H * s.input_size(s.layers - 1), w_hh = gates * s.H * s.R;
+  plan.pack_ih = worth_packing(w_ih, s.steps.N);
+  plan.pack_hh = worth_packing(w_hh, s.steps.N);
   if (max_threads <= 1) {
     plan.reason = "one thread is allowed";
     return plan;
@@ -63,7 +79,10 @@ Plan plan(const Stack& s, int64_t gates, int max_threads, double work, int64_t c
 }  // namespace
 
 Plan plan_forward(const Stack& stack, int64_t gates, int max_threads) {
-  return plan(stack, gates, max_threads, 1.0, kForwardChunkRows);
+  Plan result = plan(stack, gates, max_threads, 1.0, kForwardChunkRows);
+  // One sequence reads W_hh once per step either way; from beyond L2, rows come as fast as panels.
+  if (stack.steps.B == 1 && gates * stack.H * stack.R > kLarge) result.pack_hh = false;
+  return result;
 }
 
 Plan plan_backward(const Stack& stack, int64_t gates, int max_threads) {

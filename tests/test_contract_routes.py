@@ -1,0 +1,104 @@
+"""Which program serves a call, what the log says of it, and what happens without the library."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from processes import output_of, python
+from torch import Tensor
+
+import fused_rnn
+
+
+def route(caplog: pytest.LogCaptureFixture, call: Callable[[], Any]) -> str:
+    with caplog.at_level(logging.DEBUG, "fused_rnn"):
+        call()
+    return caplog.records[-1].getMessage()
+
+
+def plain(layer: Any, input: Tensor) -> None:
+    layer(input)
+
+
+def no_grad(layer: Any, input: Tensor) -> None:
+    with torch.no_grad():
+        layer(input)
+
+
+def by_vmap(layer: Any, input: Tensor) -> None:
+    torch.vmap(lambda x: layer(x)[0])(input)
+
+
+def forward_mode(layer: Any, input: Tensor) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        layer(torch.autograd.forward_ad.make_dual(input, torch.ones_like(input)))
+
+
+def on_meta(layer: Any, input: Tensor) -> None:
+    layer.to("meta")(input.to("meta"))
+
+
+def of_complex(layer: Any, input: Tensor) -> None:
+    layer.to(torch.complex64)(input.to(torch.complex64))
+
+
+def traced(layer: Any, input: Tensor) -> None:
+    torch.jit.trace(layer, input)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (plain, "gru: fused"),
+        (no_grad, "gru: fused"),
+        (by_vmap, "gru: reference, because"),
+        (forward_mode, "gru: reference, because"),
+        (on_meta, "gru: torch, because"),
+        (of_complex, "gru: torch, because"),
+        (traced, "gru: torch, because"),
+    ],
+)
+def test_the_log_names_the_route_and_the_reason(
+    caplog: pytest.LogCaptureFixture, call: Any, expected: str
+) -> None:
+    layer, input = fused_rnn.GRU(5, 7), torch.randn(4, 3, 5)
+    assert route(caplog, lambda: call(layer, input)).startswith(expected)
+
+
+def test_the_log_is_silent_by_default(caplog: pytest.LogCaptureFixture) -> None:
+    fused_rnn.GRU(5, 7)(torch.randn(4, 3, 5))
+    assert not caplog.records
+
+
+WITHOUT_LIBRARY = """
+import sys, warnings
+sys.modules["fused_rnn._C"] = None  # what an unbuilt library looks like to the import
+with warnings.catch_warnings(record=True) as log:
+    warnings.simplefilter("always")
+    import fused_rnn
+print(*(str(w.message) for w in log if "fused_rnn" in str(w.message)), sep="\\n")
+import torch
+ours, theirs = fused_rnn.LSTM(5, 7, 2), torch.nn.LSTM(5, 7, 2)
+ours.load_state_dict(theirs.state_dict())
+input = torch.randn(4, 3, 5)
+torch.testing.assert_close(ours(input), theirs(input))
+ours(input)[0].sum().backward()
+fused_rnn.GRUCell(5, 7)(input[0]).sum().backward()
+"""
+
+
+def test_without_the_library_everything_runs_after_one_warning() -> None:
+    (message,) = output_of(WITHOUT_LIBRARY, FUSED_RNN_STRICT="0").strip().splitlines()
+    assert "fused_rnn._C cannot be imported" in message
+    assert "build_ext --inplace" in message
+
+
+def test_strict_refuses_to_run_without_the_library() -> None:
+    process = python(WITHOUT_LIBRARY, FUSED_RNN_STRICT="1")
+    assert process.returncode != 0
+    assert "ImportError: fused_rnn._C cannot be imported" in process.stderr
