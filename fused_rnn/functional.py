@@ -88,10 +88,13 @@ def rnn(
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if torch.is_autocast_enabled("cpu"):
-        # As torch: all of rnn is autocast, lstm where oneDNN runs it, of gru only the products.
+        # As torch: the products are autocast, and rnn, which is little else; of the others what
+        # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection).
         low = torch.get_autocast_dtype("cpu")
         onednn = cell == "lstm" and batch_sizes is None and low == torch.bfloat16
-        call = _autocast(call, low if onednn or cell.startswith("rnn") else None)
+        projected = len(weights) // (num_layers * (2 if bidirectional else 1)) % 2 == 1
+        whole = cell.startswith("rnn") or onednn or projected
+        call = _autocast(call, low if whole else None)
     if route == "reference":
         return _reference(call, dropout, training)
     if training and dropout > 0.0 and num_layers > 1:
@@ -119,21 +122,21 @@ def step(
             weight_hh.new_zeros(weight_hh.shape[0]) if bias is None else bias
             for bias in (bias_ih, bias_hh)
         ]
-    h0 = None if h is None else h.unsqueeze(0)
-    c0 = None if c is None else c.unsqueeze(0)
-    call = _Call(cell, input.unsqueeze(0), None, h0, c0, weights, 1, False, False)
-    # The kernels know no cell without units or features, torch does.
-    route = _route(call) if input.shape[1] and weight_hh.shape[1] else "torch"
+    call = _Call(cell, input, None, h, c, weights, 1, False, False)
+    route = _route(call)
     if route == "torch":
-        states = [state.squeeze(0) for state in _states(call)]
-        hx = states if len(states) > 1 else states[0]
-        after = getattr(_VF, f"{cell}_cell")(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-        return after if len(states) > 1 else (after, None)
+        size = (input.shape[0], weight_hh.shape[1])
+        hx = [input.new_zeros(size) if state is None else state for state in (h, c)]
+        run = getattr(_VF, f"{cell}_cell")
+        if reference.CELLS[cell].states > 1:
+            after: tuple[Tensor, Tensor] = run(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            return after
+        return run(input, hx[0], weight_ih, weight_hh, bias_ih, bias_hh), None
     if torch.is_autocast_enabled("cpu"):
         low = torch.get_autocast_dtype("cpu")
         call = _autocast(call, low if cell.startswith("rnn") else None)
-    _, h_n, c_n = _fused(call) if route == "fused" else _reference(call)
-    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+    output, _, c_n = _fused(call) if route == "fused" else _reference(call)
+    return output, c_n
 
 
 def _route(call: _Call) -> str:
@@ -149,7 +152,7 @@ def _route(call: _Call) -> str:
 
 
 def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
-    """The route of a call on these tensors, the first of them the input; why, unless fused."""
+    """The route of a call on [input, weight_ih, ...] and, unless it is "fused", the reason."""
     if ops.transforms_active():
         return "reference", "a torch.func transform is active"
     if compiling:
@@ -167,6 +170,8 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
             return "torch", f"there are no kernels for {tensor.device.type}"
     if tensors[0].dtype not in _FUSED_DTYPES:
         return "torch", f"there are no kernels for {tensors[0].dtype}"
+    if not (tensors[0].shape[-1] and tensors[1].shape[0]):
+        return "torch", "there are no kernels for layers without features or without units"
     if not ops.available:
         return "torch", str(ops.unavailable_reason)
     return "fused", ""

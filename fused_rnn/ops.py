@@ -161,6 +161,12 @@ def _fake_inference(
     directions = 2 if bidirectional else 1
     R = weights[1].shape[1]
     B: int | torch.SymInt
+    if batch_sizes is None and input.dim() == 2:  # a step
+        output = input.new_empty(input.shape[0], R)
+        h_n, c_n = input.new_empty(0), input.new_empty(0)
+        if _C.cells()[cell]["states"] > 1:
+            c_n = torch.empty_like(output)
+        return output, h_n, c_n
     if batch_sizes is None:
         B = input.shape[0 if batch_first else 1]
     elif h0 is not None:
@@ -174,28 +180,17 @@ def _fake_inference(
     return output, h_n, input.new_empty(num_layers * directions, B, _hidden_size(cell, weights))
 
 
-def _fake_forward(
-    cell: str,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _fake_inference(
-        cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
-    )
-    rows = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
-    scans = num_layers * (2 if bidirectional else 1)
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output, h_n, c_n = _fake_inference(*args)
+    cell, input, batch_sizes, _, _, weights, *_ = args
+    step = batch_sizes is None and input.dim() == 2
+    scans = 1 if step else h_n.shape[0]
+    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     projected = len(weights) // scans % 2
     slots = _C.cells()[cell]["states"] + _C.cells()[cell]["saved"] + projected
     units = (_hidden_size(cell, weights) + 15) // 16 * 16
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    saved = input.new_empty(scans, rows, slots * units, dtype=dtype)
-    return *outputs, saved
+    return output, h_n, c_n, input.new_empty(scans, rows, slots * units, dtype=dtype)
 
 
 def _fake_backward(
@@ -220,12 +215,12 @@ def _fake_backward(
         return input.new_empty(shape if needed else 0)
 
     state = c0 if h0 is None else h0  # one of them is there if their gradients are needed
-    L, B = (0, 0) if state is None else state.shape[:2]
+    leading = (0,) if state is None else state.shape[:-1]
     has_c = _C.cells()[cell]["states"] > 1
     return (
         gradient(input.shape, need_input),
-        gradient((L, B, weights[1].shape[1]), need_state),
-        gradient((L, B, _hidden_size(cell, weights)), need_state and has_c),
+        gradient((*leading, weights[1].shape[1]), need_state),
+        gradient((*leading, _hidden_size(cell, weights)), need_state and has_c),
         [gradient(weight.shape, need_weights) for weight in weights],
     )
 

@@ -136,7 +136,20 @@ def rnn(
     dropout: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A stack of recurrent layers in plain torch. Arguments and results: `functional.rnn`."""
+    """A stack of recurrent layers in plain torch. Arguments and results: `functional.rnn`.
+
+    As in the ops, [B, I] without `batch_sizes` is one step: states have no leading dimension.
+    """
+    if batch_sizes is None and input.dim() == 2:
+        h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
+        output, _, c_n = rnn(
+            cell,
+            *(input.unsqueeze(0), None, h0, c0, weights),
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            batch_first=False,
+        )
+        return output.squeeze(0), input.new_empty(0), None if c_n is None else c_n.squeeze(0)
     directions = 2 if bidirectional else 1
     scans = split_weights(weights, num_layers * directions)
     sizes = None if batch_sizes is None else batch_sizes.tolist()

@@ -16,8 +16,12 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def conditions() -> Iterator[None]:
-    """Seed 0; torch.empty gives NaN, so that what a kernel leaves unwritten is seen."""
+    """Seed 0; torch.empty gives NaN, so that what a kernel leaves unwritten is seen.
+
+    One thread unless a test wants more: on a busy machine OpenMP's waiting takes minutes.
+    """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield

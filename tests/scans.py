@@ -199,12 +199,18 @@ def differentiate_ops(args: Arguments) -> Tensors:
     return name_outputs(outputs) | named
 
 
-def judge_scan(cell: str, *sizes: int, dtype: torch.dtype, **options: Any) -> None:
-    """Judge outputs and gradients of the ops on a random question."""
+def judge_scan(
+    cell: str,
+    *sizes: int,
+    dtype: torch.dtype,
+    change: Callable[[Arguments], Arguments] = lambda args: args,
+    **options: Any,
+) -> None:
+    """Judge outputs and gradients of the ops on random questions, after `change`."""
     seed = itertools.count()
 
     def draw() -> tuple[Tensors, Tensors, Tensors]:
-        args = make_arguments(cell, *sizes, dtype=dtype, seed=next(seed), **options)
+        args = change(make_arguments(cell, *sizes, dtype=dtype, seed=next(seed), **options))
         if cell == "rnn_relu" and dtype.itemsize == 2:
             # Where a rounding decides the side of the kink, no gradient is right or wrong.
             H = args.weights[1].shape[1]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import KINDS, flatten, make, twins
+from layers import KINDS, flatten, make, state_for, twins
 from scans import FLOATS
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -69,10 +69,11 @@ def test_the_mask_is_that_of_f_dropout(kind: str, form: str, dtype: torch.dtype)
 def test_the_same_seed_gives_what_torch_gives(kind: str, batch_first: bool) -> None:
     ours, theirs = twins(kind, 5, 7, 3, dropout=0.5, bidirectional=True, batch_first=batch_first)
     input = torch.randn(4, 3, 5)
+    hx = state_for(ours, 4 if batch_first else 3)
     results = []
     for layer in (ours, theirs):
         torch.manual_seed(11)
-        outputs = flatten(layer(input))
+        outputs = flatten(layer(input, hx))
         sum(output.sum() for output in outputs).backward()
         gradients = [parameter.grad for parameter in layer.parameters()]
         results.append([*outputs, *gradients, torch.get_rng_state()])

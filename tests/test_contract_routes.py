@@ -17,7 +17,7 @@ import fused_rnn
 def route(caplog: pytest.LogCaptureFixture, call: Callable[[], Any]) -> str:
     with caplog.at_level(logging.DEBUG, "fused_rnn"):
         call()
-    return caplog.records[-1].getMessage()
+    return caplog.records[0].getMessage()
 
 
 def plain(layer: Any, input: Tensor) -> None:

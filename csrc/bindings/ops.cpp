@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -21,7 +22,21 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-using Shape = std::vector<int64_t>;
+
+// A tensor shape of up to three dimensions, without memory of its own: small calls make many.
+class Shape {
+ public:
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) sizes_[dim_++] = size;
+  }
+  const int64_t* data() const { return sizes_; }
+  size_t size() const { return dim_; }
+  int64_t operator[](size_t i) const { return sizes_[i]; }
+
+ private:
+  int64_t sizes_[3] = {};
+  size_t dim_ = 0;
+};
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -36,17 +51,13 @@ void check(bool holds, const Parts&... parts) {
   if (!holds) fail(parts...);
 }
 
-std::string text(const Shape& shape) {
+template <class Sizes>
+std::string text(const Sizes& sizes) {
   std::ostringstream out;
   out << '[';
-  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
   out << ']';
   return out.str();
-}
-
-Shape shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return Shape(sizes.begin(), sizes.end());
 }
 
 const char* name_of(ScalarType type) {
@@ -70,22 +81,22 @@ DType dtype_of(ScalarType type) {
   }
 }
 
-// A tensor argument that has passed its checks and stays alive during the call.
-Tensor checked(const Tensor& tensor, const char* name, const char* symbols, const Shape& expected, ScalarType type) {
+// Passes a tensor argument on when it is what the op expects.
+const Tensor& checked(const Tensor& tensor, const char* name, const char* symbols, const Shape& expected, ScalarType type) {
   check(tensor.is_cpu(), name, " must be on the CPU like the input");
   const ScalarType got = tensor.scalar_type();
   check(got == type, name, " must have the input's dtype ", name_of(type), ", got ", name_of(got));
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == expected.size();
   for (size_t i = 0; same && i < expected.size(); ++i) same = sizes[i] == expected[i];
-  if (!same) fail(name, " must have shape ", symbols, " = ", text(expected), ", got ", text(shape_of(tensor)));
+  if (!same) fail(name, " must have shape ", symbols, " = ", text(expected), ", got ", text(sizes));
   return tensor;
 }
 
 Tensor checked_contiguous(const Tensor& tensor, const char* name, const char* symbols, const Shape& expected,
                           ScalarType type) {
-  Tensor result = checked(tensor, name, symbols, expected, type);
-  return result.is_contiguous() ? result : torch::stable::contiguous(result);
+  checked(tensor, name, symbols, expected, type);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // A [T, B, F] argument as kernels read it: any strides, but contiguous features.
@@ -111,20 +122,28 @@ class Call {
 
     input_ = with_contiguous_features(input);
     stack.input = sequence(input_);
-    const Shape h_shape{stack.layers * stack.dirs, stack.steps.B, stack.R};
-    if (h0) stack.h0 = keep(checked_contiguous(*h0, "h0", "[num_layers * directions, B, R]", h_shape, type));
+    if (h0)
+      stack.h0 = keep(checked_contiguous(*h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]", h_shape(), type));
     check(!c0 || has_c(), "c0 was given, but cell '", cell, "' has no c");
-    if (c0) stack.c0 = keep(checked_contiguous(*c0, "c0", "[num_layers * directions, B, H]", c_shape(), type));
+    if (c0)
+      stack.c0 = keep(checked_contiguous(*c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]", c_shape(), type));
   }
 
   bool has_c() const { return kernels->info.states > 1; }
-  Shape c_shape() const { return {stack.layers * stack.dirs, stack.steps.B, stack.H}; }
-  Shape h_shape() const { return {stack.layers * stack.dirs, stack.steps.B, stack.R}; }
+  // One step of one layer, [B, I]: its states have no leading dimension, and its output is h_n.
+  bool is_step() const { return step_; }
+  Shape h_shape() const { return state_shape(stack.R); }
+  Shape c_shape() const { return state_shape(stack.H); }
   Shape output_shape() const {
     const int64_t features = stack.dirs * stack.R;
-    if (stack.steps.batch_sizes) return {stack.steps.N, features};
+    if (step_ || stack.steps.batch_sizes) return {stack.steps.N, features};
     if (batch_first_) return {stack.steps.B, stack.steps.T, features};
     return {stack.steps.T, stack.steps.B, features};
+  }
+  Shape input_shape() const {
+    if (step_ || stack.steps.batch_sizes) return {stack.steps.N, stack.I};
+    if (batch_first_) return {stack.steps.B, stack.steps.T, stack.I};
+    return {stack.steps.T, stack.steps.B, stack.I};
   }
   Shape saved_shape() const {
     const int64_t slots = kernels->info.states + kernels->info.saved + (stack.projected() ? 1 : 0);
@@ -135,22 +154,25 @@ class Call {
   // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which costs a small
   // call more than its arithmetic.
   Tensor empty(const Shape& shape, std::optional<ScalarType> of = std::nullopt) const {
-    Shape strides(shape.size());
+    int64_t strides[3];
     int64_t stride = 1;
     for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
     AtenTensorHandle handle = nullptr;
     const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(of.value_or(type)));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, dtype,
                                                            aoti_torch_device_type_cpu(), 0, &handle));
     Tensor tensor(handle);
     new_memory(tensor.data_ptr(), size_t(tensor.numel()) * tensor.element_size());
     return tensor;
   }
-  Tensor zeros(const Shape& shape) const { return torch::stable::new_zeros(input_, {shape.data(), shape.size()}); }
+  Tensor zeros(const Shape& shape) const {
+    Tensor tensor = empty(shape);
+    return torch::stable::zero_(tensor);
+  }
   Tensor nothing() const { return empty({0}); }
 
   Sequence sequence(const Tensor& tensor) const {
-    if (stack.steps.batch_sizes) return {tensor.data_ptr(), 0, tensor.stride(0)};
+    if (step_ || stack.steps.batch_sizes) return {tensor.data_ptr(), 0, tensor.stride(0)};
     return {tensor.data_ptr(), tensor.stride(batch_first_ ? 1 : 0), tensor.stride(batch_first_ ? 0 : 1)};
   }
   const void* keep(Tensor tensor) {
@@ -180,9 +202,22 @@ class Call {
   Stack stack;
 
  private:
+  Shape state_shape(int64_t features) const {
+    if (step_) return {stack.steps.B, features};
+    return {stack.layers * stack.dirs, stack.steps.B, features};
+  }
+
   void read_steps(const Tensor& input, const MaybeTensor& batch_sizes) {
     Steps& steps = stack.steps;
     const int64_t dim = input.dim();
+    if (!batch_sizes && dim == 2) {
+      check(stack.layers == 1 && stack.dirs == 1, "a step ([B, I] input) has one layer and one direction");
+      step_ = true;
+      steps.T = 1;
+      steps.B = steps.N = input.size(0);
+      stack.I = input.size(1);
+      return;
+    }
     if (!batch_sizes) {
       check(dim == 3, "input must have 3 dimensions ", batch_first_ ? "[B, T, I]" : "[T, B, I]", ", got ", dim);
       steps.T = input.size(batch_first_ ? 1 : 0);
@@ -234,11 +269,13 @@ class Call {
     stack.H = weights[1].size(0) / gates;
     stack.R = weights[1].size(1);
     check(stack.H > 0 && stack.R > 0 && stack.I > 0, "input_size and hidden_size must be greater than zero");
-    check(stack.R == stack.H || projected, "weight_hh must have shape [G*H, H], got ", text(shape_of(weights[1])));
+    check(stack.R == stack.H || projected, "weight_hh must have shape [G*H, H], got ", text(weights[1].sizes()));
     check(stack.R <= stack.H, "proj_size must not be larger than hidden_size, got ", stack.R, " and ", stack.H);
 
     const int64_t rows = gates * stack.H;
     weights_.resize(planes);
+    weight_shapes_.reserve(weights.size());
+    kept_.reserve(weights.size() + 8);
     for (size_t plane = 0; plane < planes; ++plane) {
       const int64_t in = stack.input_size(int64_t(plane) / stack.dirs);
       size_t next = plane * each;
@@ -259,6 +296,7 @@ class Call {
   }
 
   const bool batch_first_;
+  bool step_ = false;
   Tensor input_;
   std::vector<Tensor> kept_;
   std::vector<Weights> weights_;
@@ -273,7 +311,7 @@ struct Outputs {
 
 Outputs run_forward(Call& call, bool save) {
   const Stack& stack = call.stack;
-  Outputs out{call.empty(call.output_shape()), call.empty(call.h_shape()),
+  Outputs out{call.empty(call.output_shape()), call.is_step() ? call.nothing() : call.empty(call.h_shape()),
               call.has_c() ? call.empty(call.c_shape()) : call.nothing(), call.nothing()};
   if (save) out.saved = call.empty(call.saved_shape(), call.saved_type());
   if (stack.steps.N == 0) return out;
@@ -281,7 +319,7 @@ Outputs run_forward(Call& call, bool save) {
   ForwardProblem problem;
   static_cast<Stack&>(problem) = stack;
   problem.output = call.sequence(out.output);
-  problem.h_n = out.h_n.data_ptr();
+  problem.h_n = call.is_step() ? nullptr : out.h_n.data_ptr();
   problem.c_n = call.has_c() ? out.c_n.data_ptr() : nullptr;
   problem.saved = save ? out.saved.data_ptr() : nullptr;
   call.run(call.kernels->forward[int(call.dtype)], problem,
@@ -321,6 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
         checked(*d_output, "d_output", "that of the output", call.output_shape(), call.type));
     problem.d_output = call.sequence(*dy);
   }
+  check(!d_h_n || !call.is_step(), "the output of a step is its h_n: d_h_n must be None");
   if (d_h_n)
     problem.d_h_n = call.keep(checked_contiguous(*d_h_n, "d_h_n", "that of h_n", call.h_shape(), call.type));
   if (d_c_n && call.has_c())
@@ -331,10 +370,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     if (!needed) return call.nothing();
     return stack.steps.N ? call.empty(shape) : call.zeros(shape);
   };
-  Tensor d_input = result(need_input, shape_of(input));
+  Tensor d_input = result(need_input, call.input_shape());
   Tensor d_h0 = result(need_state, call.h_shape());
   Tensor d_c0 = result(need_state && call.has_c(), call.c_shape());
   std::vector<Tensor> d_weights;
+  d_weights.reserve(weights.size());
   for (const Shape& shape : call.weight_shapes()) d_weights.push_back(result(need_weights, shape));
   if (stack.steps.N == 0) return {d_input, d_h0, d_c0, d_weights};
 

@@ -147,14 +147,15 @@ FUSED_RNN_HD V exp(V x) {
   return K::twice_exp(r) * half_scale;
 }
 
-// 1 / (1 + e^-x), with the exponential of -|x|: it cannot overflow, and nothing cancels.
+// 1 / (1 + e^-x). Below -kExpZero it is exactly zero, so that a closed gate makes no denormals.
 template <class V>
 FUSED_RNN_HD V sigmoid(V x) {
   using K = Constants<Element<V>>;
-  constexpr Element<V> kNoEffect = 0x1p-100f;  // e^-x rounds to 1; its products are normal
-  const V e = exp(-at_most(at_least(magnitude(x), kNoEffect), K::kExpZero));
-  const V one = broadcast<V>(1);
-  return select(x >= 0, one, e) / (one + e);
+  // Too small to change any result, large enough that a denormal x is not multiplied as one (only the dozen
+  // numbers next to its negative are).
+  constexpr Element<V> kNoEffect = 0x1.51p-100f;
+  const V bounded = at_most(at_least(x + kNoEffect, -K::kExpZero), K::kExpZero);
+  return select(x < -K::kExpZero, V{}, 1 / (1 + exp(-bounded)));
 }
 
 // 1 - 2 / (e^2|x| + 1) with the sign of x; where that would cancel, a polynomial; where the

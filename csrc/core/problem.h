@@ -71,7 +71,7 @@ struct Stack {
 
 struct ForwardProblem : Stack {
   Sequence output;        // [T, B, D*R]
-  void* h_n = nullptr;    // [L*D, B, R]
+  void* h_n = nullptr;    // [L*D, B, R], null when not wanted
   void* c_n = nullptr;    // [L*D, B, H], null for a cell without c
   void* saved = nullptr;  // [L*D, N, slots*Hp] in the accumulation type, null in inference
 };

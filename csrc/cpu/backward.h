@@ -148,7 +148,9 @@ class BackwardScan {
         const int64_t t = d == 0 ? last - i : first + i;
         each_member([&](const Member& member) { gate_gradients(task, member, chunk, t); });
         if (plan_.split == Split::kUnits) barrier.wait(arrivals);
-        each_member([&](const Member& member) { state_gradients(task, member, chunk, t); });
+        // Behind the last step lies h0, whose gradient may not be wanted.
+        if (p_.d_h0 || done + i + 1 < steps_.T)
+          each_member([&](const Member& member) { state_gradients(task, member, chunk, t); });
       }
       each_member([&](const Member& member) { stage(task, member, chunk); });
       barrier.wait(arrivals);
@@ -387,11 +389,19 @@ class BackwardScan {
     });
   }
 
+  // out += the sum of the chunk's rows. Blocks are summed first: a bias is a sum over all rows, with no product to
+  // hide behind, and one long row of additions loses more digits than torch does.
   void sum_rows(const Chunk& chunk, Range units, const A* gates, A* out) const {
+    constexpr int64_t kBlock = 16;
     for (int g = 0; g < G; ++g)
       for (int64_t u = units.begin; u < units.end; u += L) {
         Vector<A> sum{};
-        for (int64_t row = 0; row < chunk.rows; ++row) sum += load(gates + row * ldg_ + g * Hp_ + u);
+        for (int64_t first = 0; first < chunk.rows; first += kBlock) {
+          const int64_t end = first + kBlock < chunk.rows ? first + kBlock : chunk.rows;
+          Vector<A> block{};
+          for (int64_t row = first; row < end; ++row) block += load(gates + row * ldg_ + g * Hp_ + u);
+          sum += block;
+        }
         A* total = out + g * Hp_ + u;
         store(total, chunk.is_first ? sum : sum + load(total));
       }

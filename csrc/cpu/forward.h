@@ -333,7 +333,9 @@ class ForwardScan {
     for (int64_t b = member.rows.begin; b < member.rows.end; ++b) {
       // Forwards a sequence ends with its own last step, backwards all end with step 0.
       const int64_t parity = (task.d == 0 ? steps_.length(b) : steps_.T) % 2;
-      store_row(dir.h[parity] + b * Rp_, member.units.begin, h_end, p_.R, static_cast<S*>(p_.h_n) + (state + b) * p_.R);
+      if (p_.h_n)
+        store_row(dir.h[parity] + b * Rp_, member.units.begin, h_end, p_.R,
+                  static_cast<S*>(p_.h_n) + (state + b) * p_.R);
       if constexpr (Cell::kStates > 1)
         store_row(dir.c + b * Hp_, member.units.begin, member.units.end, p_.H,
                   static_cast<S*>(p_.c_n) + (state + b) * p_.H);
