@@ -158,6 +158,13 @@ def _fake_inference(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # One meta tensor among real ones brings the call here, where nothing would be computed.
+    for tensor in (h0, c0, *weights):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(
+                "fused_rnn: all tensors must be on the device of the input, "
+                f"{input.device}, found one on {tensor.device}"
+            )
     directions = 2 if bidirectional else 1
     R = weights[1].shape[1]
     B: int | torch.SymInt

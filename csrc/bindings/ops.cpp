@@ -359,8 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
         checked(*d_output, "d_output", "that of the output", call.output_shape(), call.type));
     problem.d_output = call.sequence(*dy);
   }
-  check(!d_h_n || !call.is_step(), "the output of a step is its h_n: d_h_n must be None");
-  if (d_h_n)
+  if (d_h_n && !call.is_step())
     problem.d_h_n = call.keep(checked_contiguous(*d_h_n, "d_h_n", "that of h_n", call.h_shape(), call.type));
   if (d_c_n && call.has_c())
     problem.d_c_n = call.keep(checked_contiguous(*d_c_n, "d_c_n", "that of c_n", call.c_shape(), call.type));
