@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from fused_rnn import ops
+
 hypothesis.settings.register_profile(
     "default", max_examples=30, deadline=None, derandomize=True, print_blob=True
 )
@@ -16,7 +18,7 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def conditions() -> Iterator[None]:
-    """Seed 0; torch.empty gives NaN, so that what a kernel leaves unwritten is seen.
+    """Seed 0; new memory, torch's and ours, is NaN, so that what a kernel leaves unwritten is seen.
 
     One thread unless a test wants more: on a busy machine OpenMP's waiting takes minutes.
     """
@@ -24,7 +26,11 @@ def conditions() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    if ops.available:
+        ops._C.poison_new_memory(True)
     yield
+    if ops.available:
+        ops._C.poison_new_memory(False)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

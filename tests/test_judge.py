@@ -8,6 +8,8 @@ import pytest
 import torch
 from judge import Tensors, judge, judge_draws
 
+import fused_rnn
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -113,6 +115,16 @@ def test_uninitialised_memory_is_poisoned() -> None:
     for dtype in FLOATS:
         assert torch.empty(5, dtype=dtype).isnan().all()
         assert torch.ones(5, dtype=dtype).new_empty(5).isnan().all()
-    # The kernels' workspace comes as bytes: all ones is NaN in every format.
-    workspace = torch.ones(3).new_empty(64, dtype=torch.uint8)
-    assert all(workspace.view(dtype).isnan().all() for dtype in FLOATS)
+
+
+def test_memory_of_the_kernels_is_poisoned() -> None:
+    """With a projection, nobody writes the rest of the slot of h: what is there is the poison."""
+    layer = fused_rnn.LSTM(4, 40, proj_size=3)
+    weights = [parameter.detach() for parameter in layer.parameters()]
+    for T in (2, 2000):  # torch's memory, and the cache's
+        saved = torch.ops.fused_rnn.forward(
+            "lstm", torch.randn(T, 1, 4), None, None, None, weights, 1, False, False
+        )[3]
+        slots = saved.view(T, -1, 48)
+        assert slots[:, 0, 16:].isnan().all()
+        assert slots[:, 0, :3].isfinite().all()

@@ -7,19 +7,32 @@
 #endif
 
 #include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
 
 namespace fused_rnn {
 namespace {
 
+constexpr size_t kAlignment = 64;
 constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
 
-std::atomic<bool> poison{false};
+// Stands in front of the data, in a line of its own.
+struct Header {
+  size_t bytes;  // of data
+};
+static_assert(sizeof(Header) <= kAlignment);
 
-}  // namespace
+size_t& bytes_of(void* data) {
+  return reinterpret_cast<Header*>(static_cast<char*>(data) - kAlignment)->bytes;
+}
 
-void poison_new_memory(bool on) { poison = on; }
-
-void new_memory(void* data, size_t bytes) {
+void* allocate(size_t bytes) {
+  void* base = std::aligned_alloc(kAlignment, kAlignment + (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  if (!base) throw std::bad_alloc();
+  void* data = static_cast<char*>(base) + kAlignment;
+  bytes_of(data) = bytes;
 #if defined(MADV_HUGEPAGE)
   if (bytes >= 2 * kHugePage) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
@@ -28,6 +41,75 @@ void new_memory(void* data, size_t bytes) {
     (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #endif
+  return data;
+}
+
+void release(void* data) { std::free(static_cast<char*>(data) - kAlignment); }
+
+struct Cache {
+  std::mutex mutex;
+  std::vector<void*> blocks;  // oldest first
+  size_t bytes = 0;
+
+  void* remove(size_t i) {
+    void* data = blocks[i];
+    blocks.erase(blocks.begin() + std::ptrdiff_t(i));
+    bytes -= bytes_of(data);
+    return data;
+  }
+};
+
+// Never destroyed: tensors may outlive static objects.
+Cache& cache() {
+  static Cache* const cache = new Cache;
+  return *cache;
+}
+
+std::atomic<bool> poison{false};
+
+}  // namespace
+
+// The lock is only tried: in a process forked while another thread held it, it stays locked for ever, and blocks then
+// simply come from the system.
+void* take_block(size_t bytes) {
+  Cache& kept = cache();
+  void* data = nullptr;
+  if (const std::unique_lock lock(kept.mutex, std::try_to_lock); lock) {
+    size_t best = kept.blocks.size();
+    for (size_t i = 0; i < kept.blocks.size(); ++i) {
+      const size_t size = bytes_of(kept.blocks[i]);
+      if (size < bytes || size > 2 * bytes + kHugePage) continue;
+      if (best == kept.blocks.size() || size < bytes_of(kept.blocks[best])) best = i;
+    }
+    if (best < kept.blocks.size()) data = kept.remove(best);
+  }
+  if (!data) data = allocate(bytes);
+  new_memory(data, bytes);
+  return data;
+}
+
+void give_block(void* data) {
+  Cache& kept = cache();
+  const std::unique_lock lock(kept.mutex, std::try_to_lock);
+  if (!lock || bytes_of(data) > kCacheLimit) return release(data);
+  kept.blocks.push_back(data);
+  kept.bytes += bytes_of(data);
+  while (kept.bytes > kCacheLimit) release(kept.remove(0));
+}
+
+size_t cached_bytes() {
+  const std::lock_guard lock(cache().mutex);
+  return cache().bytes;
+}
+
+void empty_cache() {
+  const std::lock_guard lock(cache().mutex);
+  while (!cache().blocks.empty()) release(cache().remove(cache().blocks.size() - 1));
+}
+
+void poison_new_memory(bool on) { poison = on; }
+
+void new_memory(void* data, size_t bytes) {
   // All bits set are a NaN in every storage type.
   if (poison && bytes) memset(data, 0xff, bytes);
 }

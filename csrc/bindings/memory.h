@@ -1,15 +1,27 @@
-// What happens to memory between its allocation and its first use.
+// Memory of our own: workspaces, and what forward saves for backward.
+//
+// A training step asks for the same large blocks again and again. Given back to the system each time, they come back
+// as new pages, whose first touch costs more than what is computed there (14 ms for 40 MB, against 60 ms of LSTM at
+// H = 512). So a few blocks are kept. Only memory is kept, never what is in it.
 #pragma once
 
 #include <stddef.h>
 
 namespace fused_rnn {
 
-// Asks for huge pages where they matter: a large block is new to the process at every call, and its first touch in
-// pages of 4 KiB costs more than what is computed there (14 against 2.4 ms for 40 MB).
-void new_memory(void* data, size_t bytes);
+// At most this much is kept for later.
+constexpr size_t kCacheLimit = size_t(256) << 20;
 
-// For tests: fill new memory with NaN, so that a value used before it is written shows.
+// An uninitialised block, aligned to 64 bytes.
+void* take_block(size_t bytes);
+void give_block(void* data);
+
+size_t cached_bytes();
+// Gives all that is kept back to the system.
+void empty_cache();
+
+// For tests: new blocks and new tensors are filled with NaN, so that a value used before it is written shows.
 void poison_new_memory(bool on);
+void new_memory(void* data, size_t bytes);
 
 }  // namespace fused_rnn

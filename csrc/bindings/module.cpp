@@ -142,6 +142,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
   m.def("math", &math<float>, py::arg("name"), py::arg("x").noconvert());
   m.def("math", &math<double>, py::arg("name"), py::arg("x").noconvert());
+  m.def("cached_bytes", &cached_bytes);
+  m.def("empty_cache", &empty_cache);
   m.def("poison_new_memory", &poison_new_memory, py::arg("on"));
   m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("proj"),
         py::arg("directions"), py::arg("threads"));

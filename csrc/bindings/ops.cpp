@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -32,6 +33,17 @@ class Shape {
   const int64_t* data() const { return sizes_; }
   size_t size() const { return dim_; }
   int64_t operator[](size_t i) const { return sizes_[i]; }
+  int64_t numel() const {
+    int64_t product = 1;
+    for (size_t i = 0; i < dim_; ++i) product *= sizes_[i];
+    return product;
+  }
+  Shape contiguous_strides() const {
+    Shape strides = *this;
+    int64_t stride = 1;
+    for (size_t i = dim_; i-- > 0; stride *= std::max<int64_t>(sizes_[i], 1)) strides.sizes_[i] = stride;
+    return strides;
+  }
 
  private:
   int64_t sizes_[3] = {};
@@ -105,6 +117,9 @@ Tensor with_contiguous_features(const Tensor& tensor) {
   return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Smaller tensors are as cheap from torch.
+constexpr size_t kWorthKeeping = size_t(1) << 20;
+
 // A call that has been understood: sizes, and every tensor argument checked and kept alive.
 class Call {
  public:
@@ -153,17 +168,24 @@ class Call {
 
   // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which costs a small
   // call more than its arithmetic.
-  Tensor empty(const Shape& shape, std::optional<ScalarType> of = std::nullopt) const {
-    int64_t strides[3];
-    int64_t stride = 1;
-    for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  Tensor empty(const Shape& shape) const {
     AtenTensorHandle handle = nullptr;
-    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(of.value_or(type)));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, dtype,
+    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
+                                                           shape.contiguous_strides().data(), dtype,
                                                            aoti_torch_device_type_cpu(), 0, &handle));
     Tensor tensor(handle);
-    new_memory(tensor.data_ptr(), size_t(tensor.numel()) * tensor.element_size());
+    new_memory(tensor.data_ptr(), size_t(shape.numel()) * tensor.element_size());
     return tensor;
+  }
+  // The same where a training step asks for it every time: large ones live in memory of our own.
+  Tensor empty_kept(const Shape& shape, ScalarType of) const {
+    const size_t size = of == ScalarType::Double ? 8 : of == ScalarType::Float ? 4 : 2;
+    const size_t bytes = size_t(shape.numel()) * size;
+    if (bytes < kWorthKeeping && of == type) return empty(shape);
+    const Shape strides = shape.contiguous_strides();
+    return torch::stable::from_blob(take_block(bytes), {shape.data(), shape.size()}, {strides.data(), strides.size()},
+                                    input_.device(), of, &give_block);
   }
   Tensor zeros(const Shape& shape) const {
     Tensor tensor = empty(shape);
@@ -187,8 +209,7 @@ class Call {
     runtime.threads = plan.threads;
     runtime.host = this;
     runtime.allocate = [](void* host, size_t bytes) {
-      Call* call = static_cast<Call*>(host);
-      return const_cast<void*>(call->keep(call->empty({int64_t(bytes)}, ScalarType::Byte)));
+      return static_cast<Call*>(host)->blocks_.emplace_back(take_block(bytes), &give_block).get();
     };
     runtime.parallel = [](int count, void (*body)(int, int, void*), void* argument) {
       torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(int(begin), int(end), argument); });
@@ -299,6 +320,7 @@ class Call {
   bool step_ = false;
   Tensor input_;
   std::vector<Tensor> kept_;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
   std::vector<Weights> weights_;
   std::vector<Shape> weight_shapes_;
   std::vector<int64_t> offsets_;
@@ -313,7 +335,7 @@ Outputs run_forward(Call& call, bool save) {
   const Stack& stack = call.stack;
   Outputs out{call.empty(call.output_shape()), call.is_step() ? call.nothing() : call.empty(call.h_shape()),
               call.has_c() ? call.empty(call.c_shape()) : call.nothing(), call.nothing()};
-  if (save) out.saved = call.empty(call.saved_shape(), call.saved_type());
+  if (save) out.saved = call.empty_kept(call.saved_shape(), call.saved_type());
   if (stack.steps.N == 0) return out;
 
   ForwardProblem problem;
@@ -367,7 +389,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   // An empty batch has no steps to write its results.
   const auto result = [&](bool needed, const Shape& shape) {
     if (!needed) return call.nothing();
-    return stack.steps.N ? call.empty(shape) : call.zeros(shape);
+    return stack.steps.N ? call.empty_kept(shape, call.type) : call.zeros(shape);
   };
   Tensor d_input = result(need_input, call.input_shape());
   Tensor d_h0 = result(need_state, call.h_shape());
