@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +41,16 @@ def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[str, Pa
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")
     return built.stdout, folder / "unpacked"
+
+
+def python(package: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with an unpacked wheel and the site-packages of torch on its path.
+
+    Without `site`, since an editable install finds the modules that the wheel lacks.
+    """
+    path = os.pathsep.join([str(package), str(Path(torch.__file__).parent.parent)])
+    command = (sys.executable, "-S", *arguments)
+    return run(*command, cwd=package.parent, PYTHONPATH=path, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +88,9 @@ def test_wheel_from_sdist_works_away_from_the_source(sdist: Path, tmp_path: Path
     assert (package / "fused_rnn/py.typed").is_file()
     assert len(list(package.glob("fused_rnn/_C.*.so"))) == 1
 
-    strict = {"PYTHONPATH": str(package), "FUSED_RNN_STRICT": "1"}
-    where = run(
-        sys.executable, "-c", "import fused_rnn; print(fused_rnn.__file__)", cwd=tmp_path, **strict
-    )
+    where = python(package, "-c", "import fused_rnn; print(fused_rnn.__file__)")
     assert Path(where.stdout.strip()) == package / "fused_rnn/__init__.py"
-    info = run(sys.executable, "-m", "fused_rnn.info", cwd=tmp_path, **strict)
+    info = python(package, "-m", "fused_rnn.info", FUSED_RNN_STRICT="1")
     assert info.returncode == 0, info.stdout
     assert info.stdout.endswith("OK\n")
 
@@ -94,7 +102,7 @@ def test_without_a_compiler_the_package_installs_and_says_so(sdist: Path, tmp_pa
     assert "no-such-compiler is not on PATH" in output
     assert not list(package.rglob("*.so"))
 
-    info = run(sys.executable, "-m", "fused_rnn.info", cwd=tmp_path, PYTHONPATH=str(package))
+    info = python(package, "-m", "fused_rnn.info")
     assert info.returncode == 0, info.stdout
     assert "RuntimeWarning: fused_rnn._C cannot be imported" in info.stdout
     assert re.search(r"^  missing +fused_rnn\._C cannot be imported", info.stdout, re.MULTILINE)

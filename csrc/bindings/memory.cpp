@@ -29,7 +29,8 @@ size_t& bytes_of(void* data) {
 }
 
 void* allocate(size_t bytes) {
-  void* base = std::aligned_alloc(kAlignment, kAlignment + (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  void* base = std::aligned_alloc(kAlignment,
+                                  kAlignment + (bytes + kAlignment - 1) / kAlignment * kAlignment);
   if (!base) throw std::bad_alloc();
   void* data = static_cast<char*>(base) + kAlignment;
   bytes_of(data) = bytes;
@@ -44,7 +45,9 @@ void* allocate(size_t bytes) {
   return data;
 }
 
-void release(void* data) { std::free(static_cast<char*>(data) - kAlignment); }
+void release(void* data) {
+  std::free(static_cast<char*>(data) - kAlignment);
+}
 
 struct Cache {
   std::mutex mutex;
@@ -69,8 +72,8 @@ std::atomic<bool> poison{false};
 
 }  // namespace
 
-// The lock is only tried: in a process forked while another thread held it, it stays locked for ever, and blocks then
-// simply come from the system.
+// The lock is only tried: in a process forked while another thread held it, it stays locked for
+// ever, and blocks then simply come from the system.
 void* take_block(size_t bytes) {
   Cache& kept = cache();
   void* data = nullptr;
@@ -107,7 +110,9 @@ void empty_cache() {
   while (!cache().blocks.empty()) release(cache().remove(cache().blocks.size() - 1));
 }
 
-void poison_new_memory(bool on) { poison = on; }
+void poison_new_memory(bool on) {
+  poison = on;
+}
 
 void new_memory(void* data, size_t bytes) {
   // All bits set are a NaN in every storage type.

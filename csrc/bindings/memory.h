@@ -1,8 +1,9 @@
 // Memory of our own: workspaces, and what forward saves for backward.
 //
-// A training step asks for the same large blocks again and again. Given back to the system each time, they come back
-// as new pages, whose first touch costs more than what is computed there (14 ms for 40 MB, against 60 ms of LSTM at
-// H = 512). So a few blocks are kept. Only memory is kept, never what is in it.
+// A training step asks for the same large blocks again and again. Given back to the system each
+// time, they come back as new pages, whose first touch costs more than what is computed there (14
+// ms for 40 MB, against 60 ms of LSTM at H = 512). So a few blocks are kept. Only memory is kept,
+// never what is in it.
 #pragma once
 
 #include <stddef.h>
@@ -20,7 +21,8 @@ size_t cached_bytes();
 // Gives all that is kept back to the system.
 void empty_cache();
 
-// For tests: new blocks and new tensors are filled with NaN, so that a value used before it is written shows.
+// For tests: new blocks and new tensors are filled with NaN, so that a value used before it is
+// written shows.
 void poison_new_memory(bool on);
 void new_memory(void* data, size_t bytes);
 

@@ -1,4 +1,5 @@
-// fused_rnn._C: what is not a tensor op. Build facts, choices and why, and the cell floor for tests.
+// fused_rnn._C: what is not a tensor op. Build facts, choices and why, and the cell floor for
+// tests.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,15 +26,20 @@ const cpu::CellKernels& cell_named(const std::string& name) {
   return *cell;
 }
 
-const cpu::CellFunctions<float>& functions(const cpu::CellKernels& cell, float) { return cell.as_float; }
-const cpu::CellFunctions<double>& functions(const cpu::CellKernels& cell, double) { return cell.as_double; }
+const cpu::CellFunctions<float>& functions(const cpu::CellKernels& cell, float) {
+  return cell.as_float;
+}
+const cpu::CellFunctions<double>& functions(const cpu::CellKernels& cell, double) {
+  return cell.as_double;
+}
 
 // Checks that an argument is [count, n] and gives its data; n is taken from the first one.
 template <class A>
 const A* rows(const Array<A>& array, const char* name, int count, py::ssize_t& n) {
   if (array.ndim() == 2 && n < 0) n = array.shape(1);
   if (array.ndim() != 2 || array.shape(0) != count || array.shape(1) != n)
-    throw py::value_error(std::string(name) + " must have shape [" + std::to_string(count) + ", n]");
+    throw py::value_error(std::string(name) + " must have shape [" + std::to_string(count) +
+                          ", n]");
   return array.data();
 }
 
@@ -51,7 +57,8 @@ py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A>
 }
 
 template <class A>
-py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> prev, Array<A> state, Array<A> d_state) {
+py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> prev, Array<A> state,
+                        Array<A> d_state) {
   const cpu::CellKernels& cell = cell_named(name);
   const cpu::CellInfo& info = cell.info;
   py::ssize_t n = -1;
@@ -59,14 +66,19 @@ py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> prev, 
   const A* psaved = rows(saved, "saved", info.saved, n);
   const A* pstate = rows(state, "state", info.states, n);
   const A* pd_state = rows(d_state, "d_state", info.states, n);
-  Array<A> dx({py::ssize_t(info.gates), n}), dh({py::ssize_t(info.gates), n}), d_prev({py::ssize_t(info.states), n});
-  functions(cell, A{}).backward(n, psaved, pprev, pstate, pd_state, dx.mutable_data(), dh.mutable_data(),
-                                d_prev.mutable_data());
+  Array<A> dx({py::ssize_t(info.gates), n}), dh({py::ssize_t(info.gates), n}),
+      d_prev({py::ssize_t(info.states), n});
+  functions(cell, A{}).backward(n, psaved, pprev, pstate, pd_state, dx.mutable_data(),
+                                dh.mutable_data(), d_prev.mutable_data());
   return py::make_tuple(dx, dh, d_prev);
 }
 
-void apply(const cpu::MathFunctions& f, py::ssize_t n, const float* x, float* y) { f.as_float(n, x, y); }
-void apply(const cpu::MathFunctions& f, py::ssize_t n, const double* x, double* y) { f.as_double(n, x, y); }
+void apply(const cpu::MathFunctions& f, py::ssize_t n, const float* x, float* y) {
+  f.as_float(n, x, y);
+}
+void apply(const cpu::MathFunctions& f, py::ssize_t n, const double* x, double* y) {
+  f.as_double(n, x, y);
+}
 
 template <class A>
 Array<A> math(const std::string& name, Array<A> x) {
@@ -80,8 +92,8 @@ Array<A> math(const std::string& name, Array<A> x) {
   throw py::key_error("there is no function '" + name + "'");
 }
 
-py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj, int64_t directions,
-                  int threads) {
+py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
+                  int64_t directions, int threads) {
   Stack stack;
   Weights weights;
   if (proj) weights.hr = &weights;  // only asked whether it is there
@@ -129,13 +141,14 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("build_info", [] {
-    return std::map<std::string, std::string>{
-        {"compiler", __VERSION__}, {"torch", FUSED_RNN_TORCH_VERSION}, {"cxx_flags", FUSED_RNN_CXX_FLAGS}};
+    return std::map<std::string, std::string>{{"compiler", __VERSION__},
+                                              {"torch", FUSED_RNN_TORCH_VERSION},
+                                              {"cxx_flags", FUSED_RNN_CXX_FLAGS}};
   });
-  m.def("cell_forward", &cell_forward<float>, py::arg("cell"), py::arg("x").noconvert(), py::arg("h").noconvert(),
-        py::arg("prev").noconvert());
-  m.def("cell_forward", &cell_forward<double>, py::arg("cell"), py::arg("x").noconvert(), py::arg("h").noconvert(),
-        py::arg("prev").noconvert());
+  m.def("cell_forward", &cell_forward<float>, py::arg("cell"), py::arg("x").noconvert(),
+        py::arg("h").noconvert(), py::arg("prev").noconvert());
+  m.def("cell_forward", &cell_forward<double>, py::arg("cell"), py::arg("x").noconvert(),
+        py::arg("h").noconvert(), py::arg("prev").noconvert());
   m.def("cell_backward", &cell_backward<float>, py::arg("cell"), py::arg("saved").noconvert(),
         py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
   m.def("cell_backward", &cell_backward<double>, py::arg("cell"), py::arg("saved").noconvert(),
@@ -145,6 +158,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cached_bytes", &cached_bytes);
   m.def("empty_cache", &empty_cache);
   m.def("poison_new_memory", &poison_new_memory, py::arg("on"));
-  m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("proj"),
-        py::arg("directions"), py::arg("threads"));
+  m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"),
+        py::arg("H"), py::arg("proj"), py::arg("directions"), py::arg("threads"));
 }

@@ -41,7 +41,8 @@ class Shape {
   Shape contiguous_strides() const {
     Shape strides = *this;
     int64_t stride = 1;
-    for (size_t i = dim_; i-- > 0; stride *= std::max<int64_t>(sizes_[i], 1)) strides.sizes_[i] = stride;
+    for (size_t i = dim_; i-- > 0; stride *= std::max<int64_t>(sizes_[i], 1))
+      strides.sizes_[i] = stride;
     return strides;
   }
 
@@ -74,27 +75,39 @@ std::string text(const Sizes& sizes) {
 
 const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
   }
 }
 
 DType dtype_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: fail("input must be float32, float64, bfloat16 or float16, got ", name_of(type));
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail("input must be float32, float64, bfloat16 or float16, got ", name_of(type));
   }
 }
 
 // Passes a tensor argument on when it is what the op expects.
-const Tensor& checked(const Tensor& tensor, const char* name, const char* symbols, const Shape& expected, ScalarType type) {
+const Tensor& checked(const Tensor& tensor, const char* name, const char* symbols,
+                      const Shape& expected, ScalarType type) {
   check(tensor.is_cpu(), name, " must be on the CPU like the input");
   const ScalarType got = tensor.scalar_type();
   check(got == type, name, " must have the input's dtype ", name_of(type), ", got ", name_of(got));
@@ -105,8 +118,8 @@ const Tensor& checked(const Tensor& tensor, const char* name, const char* symbol
   return tensor;
 }
 
-Tensor checked_contiguous(const Tensor& tensor, const char* name, const char* symbols, const Shape& expected,
-                          ScalarType type) {
+Tensor checked_contiguous(const Tensor& tensor, const char* name, const char* symbols,
+                          const Shape& expected, ScalarType type) {
   checked(tensor, name, symbols, expected, type);
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -114,7 +127,8 @@ Tensor checked_contiguous(const Tensor& tensor, const char* name, const char* sy
 // A [T, B, F] argument as kernels read it: any strides, but contiguous features.
 Tensor with_contiguous_features(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor
+                                                            : torch::stable::contiguous(tensor);
 }
 
 // Smaller tensors are as cheap from torch.
@@ -123,9 +137,12 @@ constexpr size_t kWorthKeeping = size_t(1) << 20;
 // A call that has been understood: sizes, and every tensor argument checked and kept alive.
 class Call {
  public:
-  Call(const std::string& cell, const Tensor& input, const MaybeTensor& batch_sizes, const MaybeTensor& h0,
-       const MaybeTensor& c0, const std::vector<Tensor>& weights, int64_t layers, bool bidirectional, bool batch_first)
-      : kernels(cpu::find_cell(cell.c_str())), type(input.scalar_type()), dtype(dtype_of(type)),
+  Call(const std::string& cell, const Tensor& input, const MaybeTensor& batch_sizes,
+       const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
+       int64_t layers, bool bidirectional, bool batch_first)
+      : kernels(cpu::find_cell(cell.c_str())),
+        type(input.scalar_type()),
+        dtype(dtype_of(type)),
         batch_first_(batch_first && !batch_sizes) {
     check(kernels, "there is no cell '", cell, "'");
     check(input.is_cpu(), "input must be on the CPU");
@@ -138,10 +155,12 @@ class Call {
     input_ = with_contiguous_features(input);
     stack.input = sequence(input_);
     if (h0)
-      stack.h0 = keep(checked_contiguous(*h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]", h_shape(), type));
+      stack.h0 = keep(checked_contiguous(
+          *h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]", h_shape(), type));
     check(!c0 || has_c(), "c0 was given, but cell '", cell, "' has no c");
     if (c0)
-      stack.c0 = keep(checked_contiguous(*c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]", c_shape(), type));
+      stack.c0 = keep(checked_contiguous(
+          *c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]", c_shape(), type));
   }
 
   bool has_c() const { return kernels->info.states > 1; }
@@ -166,14 +185,14 @@ class Call {
   }
   ScalarType saved_type() const { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-  // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which costs a small
-  // call more than its arithmetic.
+  // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which
+  // costs a small call more than its arithmetic.
   Tensor empty(const Shape& shape) const {
     AtenTensorHandle handle = nullptr;
     const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
-                                                           shape.contiguous_strides().data(), dtype,
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        int64_t(shape.size()), shape.data(), shape.contiguous_strides().data(), dtype,
+        aoti_torch_device_type_cpu(), 0, &handle));
     Tensor tensor(handle);
     new_memory(tensor.data_ptr(), size_t(shape.numel()) * tensor.element_size());
     return tensor;
@@ -184,8 +203,9 @@ class Call {
     const size_t bytes = size_t(shape.numel()) * size;
     if (bytes < kWorthKeeping && of == type) return empty(shape);
     const Shape strides = shape.contiguous_strides();
-    return torch::stable::from_blob(take_block(bytes), {shape.data(), shape.size()}, {strides.data(), strides.size()},
-                                    input_.device(), of, &give_block);
+    return torch::stable::from_blob(take_block(bytes), {shape.data(), shape.size()},
+                                    {strides.data(), strides.size()}, input_.device(), of,
+                                    &give_block);
   }
   Tensor zeros(const Shape& shape) const {
     Tensor tensor = empty(shape);
@@ -195,7 +215,8 @@ class Call {
 
   Sequence sequence(const Tensor& tensor) const {
     if (step_ || stack.steps.batch_sizes) return {tensor.data_ptr(), 0, tensor.stride(0)};
-    return {tensor.data_ptr(), tensor.stride(batch_first_ ? 1 : 0), tensor.stride(batch_first_ ? 0 : 1)};
+    return {tensor.data_ptr(), tensor.stride(batch_first_ ? 1 : 0),
+            tensor.stride(batch_first_ ? 0 : 1)};
   }
   const void* keep(Tensor tensor) {
     kept_.push_back(std::move(tensor));
@@ -212,7 +233,8 @@ class Call {
       return static_cast<Call*>(host)->blocks_.emplace_back(take_block(bytes), &give_block).get();
     };
     runtime.parallel = [](int count, void (*body)(int, int, void*), void* argument) {
-      torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(int(begin), int(end), argument); });
+      torch::stable::parallel_for(
+          0, count, 1, [=](int64_t begin, int64_t end) { body(int(begin), int(end), argument); });
     };
     kernel(problem, plan, runtime);
   }
@@ -232,7 +254,8 @@ class Call {
     Steps& steps = stack.steps;
     const int64_t dim = input.dim();
     if (!batch_sizes && dim == 2) {
-      check(stack.layers == 1 && stack.dirs == 1, "a step ([B, I] input) has one layer and one direction");
+      check(stack.layers == 1 && stack.dirs == 1,
+            "a step ([B, I] input) has one layer and one direction");
       step_ = true;
       steps.T = 1;
       steps.B = steps.N = input.size(0);
@@ -240,7 +263,8 @@ class Call {
       return;
     }
     if (!batch_sizes) {
-      check(dim == 3, "input must have 3 dimensions ", batch_first_ ? "[B, T, I]" : "[T, B, I]", ", got ", dim);
+      check(dim == 3, "input must have 3 dimensions ", batch_first_ ? "[B, T, I]" : "[T, B, I]",
+            ", got ", dim);
       steps.T = input.size(batch_first_ ? 1 : 0);
       steps.B = input.size(batch_first_ ? 0 : 1);
       steps.N = steps.T * steps.B;
@@ -249,11 +273,13 @@ class Call {
       return;
     }
     check(dim == 2, "packed input must have 2 dimensions [N, I], got ", dim);
-    check(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1,
+    check(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long &&
+              batch_sizes->dim() == 1,
           "batch_sizes must be a one-dimensional int64 tensor on the CPU");
     steps.T = batch_sizes->numel();
     check(steps.T > 0, "Expected sequence length to be larger than 0 in RNN");
-    const Tensor sizes = batch_sizes->is_contiguous() ? *batch_sizes : torch::stable::contiguous(*batch_sizes);
+    const Tensor sizes =
+        batch_sizes->is_contiguous() ? *batch_sizes : torch::stable::contiguous(*batch_sizes);
     const int64_t* values = static_cast<const int64_t*>(keep(sizes));
     stack.I = input.size(1);
     steps.N = input.size(0);
@@ -263,11 +289,13 @@ class Call {
     for (int64_t t = 0; t < steps.T; ++t) {
       check(values[t] > 0 && (t == 0 || values[t] <= values[t - 1]),
             "batch_sizes must be positive and must not increase, got ", values[t], " at step ", t);
-      check(values[t] <= steps.N - rows, "batch_sizes add up to more than the ", steps.N, " rows of the packed input");
+      check(values[t] <= steps.N - rows, "batch_sizes add up to more than the ", steps.N,
+            " rows of the packed input");
       offsets_.push_back(rows);
       rows += values[t];
     }
-    check(rows == steps.N, "batch_sizes add up to ", rows, ", but the packed input has ", steps.N, " rows");
+    check(rows == steps.N, "batch_sizes add up to ", rows, ", but the packed input has ", steps.N,
+          " rows");
     lengths_.resize(size_t(steps.B));
     int64_t b = 0;
     for (int64_t t = steps.T; t > 0; --t)
@@ -280,8 +308,10 @@ class Call {
   void read_weights(const std::vector<Tensor>& weights) {
     const size_t planes = size_t(stack.layers * stack.dirs);
     const size_t each = weights.size() / planes;
-    check(weights.size() % planes == 0 && each >= 2 && each <= 5, "weights must hold weight_ih, weight_hh[, bias_ih, "
-          "bias_hh][, weight_hr] for each of ", planes, " layers and directions, got ", weights.size(), " tensors");
+    check(weights.size() % planes == 0 && each >= 2 && each <= 5,
+          "weights must hold weight_ih, weight_hh[, bias_ih, "
+          "bias_hh][, weight_hr] for each of ",
+          planes, " layers and directions, got ", weights.size(), " tensors");
     const bool bias = each >= 4;
     const bool projected = each % 2 == 1;
     check(!projected || has_c(), "only an LSTM has a projection (weight_hr)");
@@ -289,9 +319,12 @@ class Call {
     check(weights[1].dim() == 2, "weight_hh must have 2 dimensions, got ", weights[1].dim());
     stack.H = weights[1].size(0) / gates;
     stack.R = weights[1].size(1);
-    check(stack.H > 0 && stack.R > 0 && stack.I > 0, "input_size and hidden_size must be greater than zero");
-    check(stack.R == stack.H || projected, "weight_hh must have shape [G*H, H], got ", text(weights[1].sizes()));
-    check(stack.R <= stack.H, "proj_size must not be larger than hidden_size, got ", stack.R, " and ", stack.H);
+    check(stack.H > 0 && stack.R > 0 && stack.I > 0,
+          "input_size and hidden_size must be greater than zero");
+    check(stack.R == stack.H || projected, "weight_hh must have shape [G*H, H], got ",
+          text(weights[1].sizes()));
+    check(stack.R <= stack.H, "proj_size must not be larger than hidden_size, got ", stack.R,
+          " and ", stack.H);
 
     const int64_t rows = gates * stack.H;
     weights_.resize(planes);
@@ -333,7 +366,8 @@ struct Outputs {
 
 Outputs run_forward(Call& call, bool save) {
   const Stack& stack = call.stack;
-  Outputs out{call.empty(call.output_shape()), call.is_step() ? call.nothing() : call.empty(call.h_shape()),
+  Outputs out{call.empty(call.output_shape()),
+              call.is_step() ? call.nothing() : call.empty(call.h_shape()),
               call.has_c() ? call.empty(call.c_shape()) : call.nothing(), call.nothing()};
   if (save) out.saved = call.empty_kept(call.saved_shape(), call.saved_type());
   if (stack.steps.N == 0) return out;
@@ -344,37 +378,44 @@ Outputs run_forward(Call& call, bool save) {
   problem.h_n = call.is_step() ? nullptr : out.h_n.data_ptr();
   problem.c_n = call.has_c() ? out.c_n.data_ptr() : nullptr;
   problem.saved = save ? out.saved.data_ptr() : nullptr;
-  call.run(call.kernels->forward[int(call.dtype)], problem,
-           cpu::plan_forward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
+  call.run(
+      call.kernels->forward[int(call.dtype)], problem,
+      cpu::plan_forward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> inference(std::string cell, Tensor input, MaybeTensor batch_sizes, MaybeTensor h0,
-                                             MaybeTensor c0, std::vector<Tensor> weights, int64_t num_layers,
-                                             bool bidirectional, bool batch_first) {
+std::tuple<Tensor, Tensor, Tensor> inference(std::string cell, Tensor input,
+                                             MaybeTensor batch_sizes, MaybeTensor h0,
+                                             MaybeTensor c0, std::vector<Tensor> weights,
+                                             int64_t num_layers, bool bidirectional,
+                                             bool batch_first) {
   Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first);
   Outputs out = run_forward(call, false);
   return {out.output, out.h_n, out.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::string cell, Tensor input, MaybeTensor batch_sizes,
-                                                   MaybeTensor h0, MaybeTensor c0, std::vector<Tensor> weights,
-                                                   int64_t num_layers, bool bidirectional, bool batch_first) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::string cell, Tensor input,
+                                                   MaybeTensor batch_sizes, MaybeTensor h0,
+                                                   MaybeTensor c0, std::vector<Tensor> weights,
+                                                   int64_t num_layers, bool bidirectional,
+                                                   bool batch_first) {
   Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first);
   Outputs out = run_forward(call, true);
   return {out.output, out.h_n, out.c_n, out.saved};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
-    std::string cell, MaybeTensor d_output, MaybeTensor d_h_n, MaybeTensor d_c_n, Tensor input, MaybeTensor batch_sizes,
-    MaybeTensor h0, MaybeTensor c0, std::vector<Tensor> weights, Tensor saved, int64_t num_layers, bool bidirectional,
-    bool batch_first, bool need_input, bool need_state, bool need_weights) {
+    std::string cell, MaybeTensor d_output, MaybeTensor d_h_n, MaybeTensor d_c_n, Tensor input,
+    MaybeTensor batch_sizes, MaybeTensor h0, MaybeTensor c0, std::vector<Tensor> weights,
+    Tensor saved, int64_t num_layers, bool bidirectional, bool batch_first, bool need_input,
+    bool need_state, bool need_weights) {
   Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first);
   const Stack& stack = call.stack;
   BackwardProblem problem;
   static_cast<Stack&>(problem) = stack;
-  problem.saved = call.keep(checked_contiguous(saved, "saved", "[num_layers * directions, N, slots * Hp]",
-                                               call.saved_shape(), call.saved_type()));
+  problem.saved =
+      call.keep(checked_contiguous(saved, "saved", "[num_layers * directions, N, slots * Hp]",
+                                   call.saved_shape(), call.saved_type()));
   std::optional<Tensor> dy;
   if (d_output) {
     dy = with_contiguous_features(
@@ -382,9 +423,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     problem.d_output = call.sequence(*dy);
   }
   if (d_h_n && !call.is_step())
-    problem.d_h_n = call.keep(checked_contiguous(*d_h_n, "d_h_n", "that of h_n", call.h_shape(), call.type));
+    problem.d_h_n =
+        call.keep(checked_contiguous(*d_h_n, "d_h_n", "that of h_n", call.h_shape(), call.type));
   if (d_c_n && call.has_c())
-    problem.d_c_n = call.keep(checked_contiguous(*d_c_n, "d_c_n", "that of c_n", call.c_shape(), call.type));
+    problem.d_c_n =
+        call.keep(checked_contiguous(*d_c_n, "d_c_n", "that of c_n", call.c_shape(), call.type));
 
   // An empty batch has no steps to write its results.
   const auto result = [&](bool needed, const Shape& shape) {
@@ -416,8 +459,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   if (need_input) problem.d_input = call.sequence(d_input);
   if (need_state) problem.d_h0 = d_h0.data_ptr();
   if (need_state && call.has_c()) problem.d_c0 = d_c0.data_ptr();
-  call.run(call.kernels->backward[int(call.dtype)], problem,
-           cpu::plan_backward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
+  call.run(
+      call.kernels->backward[int(call.dtype)], problem,
+      cpu::plan_backward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
   return {d_input, d_h0, d_c0, d_weights};
 }
 
@@ -426,14 +470,20 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
 
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
-      "inference(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
-      "int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor h_n, Tensor c_n)");
+      "inference(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] "
+      "weights, "
+      "int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor h_n, Tensor "
+      "c_n)");
   m.def(
-      "forward(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
-      "int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)");
+      "forward(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] "
+      "weights, "
+      "int num_layers, bool bidirectional, bool batch_first) -> (Tensor output, Tensor h_n, Tensor "
+      "c_n, Tensor saved)");
   m.def(
-      "backward(str cell, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor input, Tensor? batch_sizes, "
-      "Tensor? h0, Tensor? c0, Tensor[] weights, Tensor saved, int num_layers, bool bidirectional, bool batch_first, "
+      "backward(str cell, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor input, Tensor? "
+      "batch_sizes, "
+      "Tensor? h0, Tensor? c0, Tensor[] weights, Tensor saved, int num_layers, bool bidirectional, "
+      "bool batch_first, "
       "bool need_input, bool need_state, bool need_weights) "
       "-> (Tensor d_input, Tensor d_h0, Tensor d_c0, Tensor[] d_weights)");
 }

@@ -151,8 +151,8 @@ FUSED_RNN_HD V exp(V x) {
 template <class V>
 FUSED_RNN_HD V sigmoid(V x) {
   using K = Constants<Element<V>>;
-  // Too small to change any result, large enough that a denormal x is not multiplied as one (only the dozen
-  // numbers next to its negative are).
+  // Too small to change any result, large enough that a denormal x is not multiplied as one (only
+  // the dozen numbers next to its negative are).
   constexpr Element<V> kNoEffect = 0x1.51p-100f;
   const V bounded = at_most(at_least(x + kNoEffect, -K::kExpZero), K::kExpZero);
   return select(x < -K::kExpZero, V{}, 1 / (1 + exp(-bounded)));

@@ -12,10 +12,12 @@ enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // length, so that no loop over units has a tail and `saved` has one shape on every machine.
 constexpr int64_t kUnitPad = 16;
 
-inline constexpr int64_t pad_units(int64_t units) { return (units + kUnitPad - 1) / kUnitPad * kUnitPad; }
+inline constexpr int64_t pad_units(int64_t units) {
+  return (units + kUnitPad - 1) / kUnitPad * kUnitPad;
+}
 
-// The rows (t, b) of a batch of sequences, numbered in time-major order. Ragged batches are sorted by
-// length, longest first, as in PackedSequence: step t has the rows b < rows(t).
+// The rows (t, b) of a batch of sequences, numbered in time-major order. Ragged batches are sorted
+// by length, longest first, as in PackedSequence: step t has the rows b < rows(t).
 struct Steps {
   int64_t T = 0;
   int64_t B = 0;
@@ -56,15 +58,15 @@ struct WeightGrads {
 // What forward and backward have in common.
 struct Stack {
   Steps steps;
-  int64_t I = 0;       // features of the input
-  int64_t H = 0;       // units
-  int64_t R = 0;       // features of h: proj_size, or H
+  int64_t I = 0;  // features of the input
+  int64_t H = 0;  // units
+  int64_t R = 0;  // features of h: proj_size, or H
   int64_t layers = 1;
   int64_t dirs = 1;
-  Sequence input;                     // [T, B, I]
-  const void* h0 = nullptr;           // [L*D, B, R] contiguous, null for zeros
-  const void* c0 = nullptr;           // [L*D, B, H]
-  const Weights* weights = nullptr;   // [L*D]
+  Sequence input;                    // [T, B, I]
+  const void* h0 = nullptr;          // [L*D, B, R] contiguous, null for zeros
+  const void* c0 = nullptr;          // [L*D, B, H]
+  const Weights* weights = nullptr;  // [L*D]
   bool projected() const { return weights[0].hr != nullptr; }
   int64_t input_size(int64_t layer) const { return layer == 0 ? I : dirs * R; }
 };
@@ -78,20 +80,22 @@ struct ForwardProblem : Stack {
 
 struct BackwardProblem : Stack {
   const void* saved = nullptr;
-  Sequence d_output;                  // [T, B, D*R]; data null when undefined
-  const void* d_h_n = nullptr;        // [L*D, B, R], null when undefined
-  const void* d_c_n = nullptr;        // [L*D, B, H]
-  Sequence d_input;                   // data null when not needed
-  void* d_h0 = nullptr;               // [L*D, B, R], null when not needed
-  void* d_c0 = nullptr;               // [L*D, B, H]
+  Sequence d_output;                       // [T, B, D*R]; data null when undefined
+  const void* d_h_n = nullptr;             // [L*D, B, R], null when undefined
+  const void* d_c_n = nullptr;             // [L*D, B, H]
+  Sequence d_input;                        // data null when not needed
+  void* d_h0 = nullptr;                    // [L*D, B, R], null when not needed
+  void* d_c0 = nullptr;                    // [L*D, B, H]
   const WeightGrads* d_weights = nullptr;  // [L*D], null when not needed
 };
 
 // What kernels borrow from their host: threads and memory.
 struct Runtime {
   int threads = 1;
-  // Calls body(begin, end, argument) on some threads so that every id of [0, count) is in one range.
-  void (*parallel)(int count, void (*body)(int begin, int end, void* argument), void* argument) = nullptr;
+  // Calls body(begin, end, argument) on some threads so that every id of [0, count) is in one
+  // range.
+  void (*parallel)(int count, void (*body)(int begin, int end, void* argument),
+                   void* argument) = nullptr;
   // Uninitialised memory that lives until the call returns.
   void* (*allocate)(void* host, size_t bytes) = nullptr;
   void* host = nullptr;

@@ -1,5 +1,6 @@
-// The backward scan of a stack: per layer and direction, back through the steps, chunk by chunk; after each chunk
-// what is parallel over time (gradients of the weights and of the input) as large products.
+// The backward scan of a stack: per layer and direction, back through the steps, chunk by chunk;
+// after each chunk what is parallel over time (gradients of the weights and of the input) as large
+// products.
 #pragma once
 
 #include "scan.h"
@@ -38,7 +39,8 @@ class BackwardScan {
     const bool pack_hh = plan_.pack_hh || kLowPrecision;
     for (int64_t d = 0; d < p_.dirs; ++d) {
       Direction& dir = directions_[d];
-      dir.packed_ih = arena.take<A>(pack_ih && (p_.layers > 1 || p_.d_input.data) ? G * Hp_ * pad_units(widest) : 0);
+      dir.packed_ih = arena.take<A>(
+          pack_ih && (p_.layers > 1 || p_.d_input.data) ? G * Hp_ * pad_units(widest) : 0);
       dir.packed_hh = arena.take<A>(pack_hh ? G * Hp_ * Rp_ : 0);
       dir.packed_hr = arena.take<A>(pack_hh && p_.projected() ? Rp_ * Hp_ : 0);
       dir.h0 = arena.take<A>(steps_.B * Rp_);
@@ -56,9 +58,10 @@ class BackwardScan {
       dir.d_ih = arena.take<A>(weights && kLowPrecision ? G * p_.H * widest : 0);
       dir.d_hh = arena.take<A>(weights && kLowPrecision ? G * p_.H * p_.R : 0);
       dir.d_hr = arena.take<A>(weights && kLowPrecision && p_.projected() ? p_.R * p_.H : 0);
-      // Directions add up in the gradient of their input: the second one, and where that sum would be rounded
-      // twice the first, write to memory of their own.
-      dir.d_input = arena.take<A>(p_.dirs == 2 && (d == 1 || kLowPrecision) ? steps_.N * widest : 0);
+      // Directions add up in the gradient of their input: the second one, and where that sum would
+      // be rounded twice the first, write to memory of their own.
+      dir.d_input =
+          arena.take<A>(p_.dirs == 2 && (d == 1 || kLowPrecision) ? steps_.N * widest : 0);
     }
     const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
     between_[0] = arena.take<A>(between);
@@ -74,7 +77,8 @@ class BackwardScan {
       }
       if (p_.dirs == 2 && needs_input(layer)) {
         everyone_.wait(end - begin);
-        for (int id = begin; id < end; ++id) add_directions(layer, part_of(steps_.N, 1, id, plan_.threads));
+        for (int id = begin; id < end; ++id)
+          add_directions(layer, part_of(steps_.N, 1, id, plan_.threads));
       }
       if (layer > 0) everyone_.wait(end - begin);
     }
@@ -89,7 +93,8 @@ class BackwardScan {
     A* c0;             // [B, Hp]
     A* dh;             // [B, Rp]: gradient of the state between two steps
     A* dc;             // [B, Hp]
-    A* gates_x;        // [chunk rows, ldg]: gradient of W_ih x + b_ih, gates of Hp units one after another
+    A* gates_x;        // [chunk rows, ldg]: gradient of W_ih x + b_ih, gates of Hp units one after
+                       // another
     A* gates_h;        // the same of W_hh h + b_hh
     A* x;              // [chunk rows, I + skew]
     A* h;              // [chunk rows, R + skew]: h before each step
@@ -97,10 +102,10 @@ class BackwardScan {
     A* d_projected;    // [chunk rows, R + skew]
     A* d_bias_ih;      // [G*Hp]
     A* d_bias_hh;
-    A* d_ih;           // weight gradients before they are rounded to S
+    A* d_ih;  // weight gradients before they are rounded to S
     A* d_hh;
     A* d_hr;
-    A* d_input;        // [N, I]
+    A* d_input;  // [N, I]
   };
 
   struct Task {
@@ -116,7 +121,7 @@ class BackwardScan {
   struct Chunk {
     int64_t first;
     int64_t count;
-    int64_t row;   // of the first step
+    int64_t row;  // of the first step
     int64_t rows;
     bool is_first;  // of the sequence, as backward walks it
   };
@@ -139,11 +144,13 @@ class BackwardScan {
     each_member([&](const Member& member) { prepare(task, member); });
     barrier.wait(arrivals);
     for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
-      const int64_t count = plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
+      const int64_t count =
+          plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = d == 0 ? steps_.T - done - count : done;
       const int64_t last = first + count - 1;
       const int64_t row = steps_.offset(first);
-      const Chunk chunk{first, count, row, steps_.offset(last) + steps_.rows(last) - row, done == 0};
+      const Chunk chunk{first, count, row, steps_.offset(last) + steps_.rows(last) - row,
+                        done == 0};
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = d == 0 ? last - i : first + i;
         each_member([&](const Member& member) { gate_gradients(task, member, chunk, t); });
@@ -168,26 +175,29 @@ class BackwardScan {
     Direction& dir = *task.dir;
     const Weights& w = task.weights;
     int64_t turn = 0;
-    const auto pack = [&](const void* weight, int64_t gates, int64_t units, int64_t columns, Range range, bool shared,
-                          A* packed) {
+    const auto pack = [&](const void* weight, int64_t gates, int64_t units, int64_t columns,
+                          Range range, bool shared, A* packed) {
       if (!packed) return;
       const int64_t K = gates * pad_units(units);
       for_panels<A, 1>(range.begin, range.end, [&](int64_t column, int vectors) {
         if (shared && turn++ % member.size != member.index) return;
-        pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column, vectors,
-                  packed + column * K);
+        pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column,
+                  vectors, packed + column * K);
       });
     };
     const bool by_units = plan_.split == Split::kUnits;
     pack(w.hh, G, p_.H, p_.R, by_units ? member.units : Range{0, Rp_}, !by_units, dir.packed_hh);
-    if (needs_input(task.layer)) pack(w.ih, G, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
+    if (needs_input(task.layer))
+      pack(w.ih, G, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
     pack(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
 
     const int64_t state = task.plane * steps_.B;
     const auto row = [&](const void* tensor, int64_t b, int64_t n) {
       return tensor ? static_cast<const S*>(tensor) + (state + b) * n : nullptr;
     };
-    const Range rows = plan_.split == Split::kUnits ? part_of(steps_.B, 1, member.index, member.size) : member.rows;
+    const Range rows = plan_.split == Split::kUnits
+                           ? part_of(steps_.B, 1, member.index, member.size)
+                           : member.rows;
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       copy_row(row(p_.h0, b, p_.R), p_.R, Rp_, dir.h0 + b * Rp_);
       copy_row(row(p_.d_h_n, b, p_.R), p_.R, Rp_, dir.dh + b * Rp_);
@@ -210,10 +220,12 @@ class BackwardScan {
   }
 
   // dh += d_output[t, b] for units [begin, end).
-  void add_output_gradient(const Task& task, int64_t t, int64_t b, int64_t begin, int64_t end, A* dh) const {
+  void add_output_gradient(const Task& task, int64_t t, int64_t b, int64_t begin, int64_t end,
+                           A* dh) const {
     const int64_t column = task.d * p_.R;
     const auto add = [&](const auto* dy) {
-      for (int64_t u = begin; u < end; u += L) store(dh + u, load(dh + u) + load_partial(dy + column + u, p_.R - u));
+      for (int64_t u = begin; u < end; u += L)
+        store(dh + u, load(dh + u) + load_partial(dy + column + u, p_.R - u));
     };
     if (task.layer + 1 == p_.layers) {
       if (p_.d_output.data) add(row_of<S>(p_.d_output, steps_, t, b));
@@ -222,8 +234,8 @@ class BackwardScan {
     }
   }
 
-  // Through the cell: from the gradients of the states after step t to those of its gates, and of the states
-  // before it but for the part that flows through W_hh.
+  // Through the cell: from the gradients of the states after step t to those of its gates, and of
+  // the states before it but for the part that flows through W_hh.
   void gate_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t) {
     Direction& dir = *task.dir;
     const int64_t end = alive_end(member, t);
@@ -239,13 +251,13 @@ class BackwardScan {
       const A* prev = before >= 0 ? saved_row(task.plane, before) : nullptr;
       const A* h_before = prev ? prev : dir.h0 + b * Rp_;
       const A* c_before = prev ? prev + Hp_ : Cell::kStates > 1 ? dir.c0 + b * Hp_ : nullptr;
-      apply_cell(dir, member.units, saved_row(task.plane, steps_.offset(t) + b), h_before, c_before, b,
-                 first_row + b);
+      apply_cell(dir, member.units, saved_row(task.plane, steps_.offset(t) + b), h_before, c_before,
+                 b, first_row + b);
     }
   }
 
-  void apply_cell(const Direction& dir, Range units, const A* saved_row, const A* h_before, const A* c_before,
-                  int64_t b, int64_t chunk_row) const {
+  void apply_cell(const Direction& dir, Range units, const A* saved_row, const A* h_before,
+                  const A* c_before, int64_t b, int64_t chunk_row) const {
     using V = Vector<A>;
     const bool projected = p_.projected();
     A* dh = projected ? dir.d_unprojected + b * Hp_ : dir.dh + b * Rp_;
@@ -253,7 +265,8 @@ class BackwardScan {
       V saved[Cell::kSaved + 1], prev[Cell::kStates], state[Cell::kStates], d_state[Cell::kStates];
       V dx[G], dgh[G], d_prev[Cell::kStates];
 #pragma GCC unroll 8
-      for (int i = 0; i < Cell::kSaved; ++i) saved[i] = load(saved_row + (Cell::kStates + i) * Hp_ + u);
+      for (int i = 0; i < Cell::kSaved; ++i)
+        saved[i] = load(saved_row + (Cell::kStates + i) * Hp_ + u);
 #pragma GCC unroll 8
       for (int i = 0; i < Cell::kStates; ++i) state[i] = load(saved_row + i * Hp_ + u);
       // A projected cell (LSTM) does not read the h before it except through W_hh.
@@ -267,7 +280,8 @@ class BackwardScan {
 #pragma GCC unroll 8
       for (int g = 0; g < G; ++g) {
         store(dir.gates_x + chunk_row * ldg_ + g * Hp_ + u, dx[g]);
-        if constexpr (!Cell::kSumsGates) store(dir.gates_h + chunk_row * ldg_ + g * Hp_ + u, dgh[g]);
+        if constexpr (!Cell::kSumsGates)
+          store(dir.gates_h + chunk_row * ldg_ + g * Hp_ + u, dgh[g]);
       }
       store(dh + u, d_prev[0]);
       if constexpr (Cell::kStates > 1) store(dir.dc + b * Hp_ + u, d_prev[1]);
@@ -278,8 +292,8 @@ class BackwardScan {
   void unproject(const Task& task, int64_t begin, int64_t end, const Chunk& chunk, int64_t t) {
     Direction& dir = *task.dir;
     for_panels<A, 1>(0, Hp_, [&](int64_t column, int vectors) {
-      times(end - begin, 1, p_.R, p_.H, dir.dh + begin * Rp_, Rp_, task.weights.hr, dir.packed_hr, column, vectors,
-            nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
+      times(end - begin, 1, p_.R, p_.H, dir.dh + begin * Rp_, Rp_, task.weights.hr, dir.packed_hr,
+            column, vectors, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
     });
     const int64_t first_row = steps_.offset(t) - chunk.row;
     for (int64_t b = begin; b < end; ++b) {
@@ -289,17 +303,18 @@ class BackwardScan {
   }
 
   // out[m, column...] = a[m, :] W + add for one panel of columns of W[gates*units, N].
-  void times(int64_t rows, int64_t gates, int64_t units, int64_t N, const A* a, int64_t lda, const void* w,
-             const A* packed, int64_t column, int vectors, const A* add, int64_t ld_add, A* out, int64_t ldo) const {
+  void times(int64_t rows, int64_t gates, int64_t units, int64_t N, const A* a, int64_t lda,
+             const void* w, const A* packed, int64_t column, int vectors, const A* add,
+             int64_t ld_add, A* out, int64_t ldo) const {
     const int64_t padded = pad_units(units);
     if constexpr (!kLowPrecision)
       if (!packed)
-        return times_rows<A>(rows, gates, units, padded, N, a, lda, static_cast<const A*>(w), column, vectors, add,
-                             ld_add, out, ldo);
+        return times_rows<A>(rows, gates, units, padded, N, a, lda, static_cast<const A*>(w),
+                             column, vectors, add, ld_add, out, ldo);
     const int64_t K = gates * padded;
     for_row_tiles<A, Left::kRows>(rows, vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
-      tile(K, a + m * lda, lda, packed + column * K, vectors * L, add ? add + m * ld_add : nullptr, ld_add,
-           out + m * ldo, ldo);
+      tile(K, a + m * lda, lda, packed + column * K, vectors * L, add ? add + m * ld_add : nullptr,
+           ld_add, out + m * ldo, ldo);
     });
   }
 
@@ -312,8 +327,8 @@ class BackwardScan {
     A* dh = dir.dh + member.rows.begin * Rp_;
     const Range columns = p_.projected() ? Range{0, Rp_} : member.units;
     for_panels<A, 1>(columns.begin, columns.end, [&](int64_t column, int vectors) {
-      times(rows, G, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column, vectors, dh + column, Rp_,
-            dh + column, Rp_);
+      times(rows, G, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column, vectors,
+            dh + column, Rp_, dh + column, Rp_);
     });
   }
 
@@ -333,7 +348,8 @@ class BackwardScan {
           // h of the layer below, where saved has it. Its directions meet without a gap.
           for (int64_t d = 0; d < p_.dirs; ++d) {
             const A* h = saved_row((task.layer - 1) * p_.dirs + d, row);
-            for (int64_t u = 0; u < p_.R; u += L) store_partial(x + d * p_.R + u, load(h + u), p_.R - u);
+            for (int64_t u = 0; u < p_.R; u += L)
+              store_partial(x + d * p_.R + u, load(h + u), p_.R - u);
           }
           for (int64_t u = task.I; u < pad_units(task.I); ++u) x[u] = 0;
         }
@@ -345,17 +361,21 @@ class BackwardScan {
   }
 
   // Where a gradient is accumulated: in the tensor itself, or before rounding in memory of our own.
-  static A* accumulator(void* tensor, A* own) { return kLowPrecision ? own : static_cast<A*>(tensor); }
+  static A* accumulator(void* tensor, A* own) {
+    return kLowPrecision ? own : static_cast<A*>(tensor);
+  }
 
   void weight_gradients(const Task& task, const Member& member, const Chunk& chunk) {
     Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
-    outer_product(chunk, G, p_.H, units, dir.gates_x, ldg_, dir.x, pad_units(task.I) + kSkew, task.I,
-                  accumulator(grads.ih, dir.d_ih));
-    outer_product(chunk, G, p_.H, units, dir.gates_h, ldg_, dir.h, Rp_ + kSkew, p_.R, accumulator(grads.hh, dir.d_hh));
+    outer_product(chunk, G, p_.H, units, dir.gates_x, ldg_, dir.x, pad_units(task.I) + kSkew,
+                  task.I, accumulator(grads.ih, dir.d_ih));
+    outer_product(chunk, G, p_.H, units, dir.gates_h, ldg_, dir.h, Rp_ + kSkew, p_.R,
+                  accumulator(grads.hh, dir.d_hh));
     if (p_.projected())
-      outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size), dir.d_projected, Rp_ + kSkew,
+      outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
+                    dir.d_projected, Rp_ + kSkew,
                     saved_row(task.plane, chunk.row) + (slots_ - 1) * Hp_, slots_ * Hp_, p_.H,
                     accumulator(grads.hr, dir.d_hr));
     if (grads.bias_ih) {
@@ -365,32 +385,36 @@ class BackwardScan {
   }
 
   // out[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`.
-  static void outer_product(const Chunk& chunk, int64_t gates, int64_t units, Range range, const A* left, int64_t ld_left,
-                            const A* right, int64_t ld_right, int64_t N, A* out) {
+  static void outer_product(const Chunk& chunk, int64_t gates, int64_t units, Range range,
+                            const A* left, int64_t ld_left, const A* right, int64_t ld_right,
+                            int64_t N, A* out) {
     const int64_t rows = (range.end < units ? range.end : units) - range.begin;
     if (rows <= 0) return;
     alignas(64) A edge[kMaxRows * kPanel];
     for_panels<A, 1>(0, pad_units(N), [&](int64_t column, int vectors) {
       const bool whole = column + vectors * L <= N;
       for (int64_t g = 0; g < gates; ++g)
-        for_row_tiles<A, Left::kColumns>(rows, vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
-          const A* a = left + g * pad_units(units) + range.begin + m;
-          A* c = out + (g * units + range.begin + m) * N + column;
-          const A* add = chunk.is_first ? nullptr : c;
-          if (whole) return tile(chunk.rows, a, ld_left, right + column, ld_right, add, N, c, N);
-          tile(chunk.rows, a, ld_left, right + column, ld_right, nullptr, 0, edge, kPanel);
-          for (int64_t i = 0; i < height; ++i)
-            for (int64_t n = column; n < N; n += L) {
-              Vector<A> sum = load(edge + i * kPanel + n - column);
-              if (add) sum += load_partial(add + i * N + n - column, N - n);
-              store_partial(c + i * N + n - column, sum, N - n);
-            }
-        });
+        for_row_tiles<A, Left::kColumns>(
+            rows, vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
+              const A* a = left + g * pad_units(units) + range.begin + m;
+              A* c = out + (g * units + range.begin + m) * N + column;
+              const A* add = chunk.is_first ? nullptr : c;
+              if (whole)
+                return tile(chunk.rows, a, ld_left, right + column, ld_right, add, N, c, N);
+              tile(chunk.rows, a, ld_left, right + column, ld_right, nullptr, 0, edge, kPanel);
+              for (int64_t i = 0; i < height; ++i)
+                for (int64_t n = column; n < N; n += L) {
+                  Vector<A> sum = load(edge + i * kPanel + n - column);
+                  if (add) sum += load_partial(add + i * N + n - column, N - n);
+                  store_partial(c + i * N + n - column, sum, N - n);
+                }
+            });
     });
   }
 
-  // out += the sum of the chunk's rows. Blocks are summed first: a bias is a sum over all rows, with no product to
-  // hide behind, and one long row of additions loses more digits than torch does.
+  // out += the sum of the chunk's rows. Blocks are summed first: a bias is a sum over all rows,
+  // with no product to hide behind, and one long row of additions loses more digits than torch
+  // does.
   void sum_rows(const Chunk& chunk, Range units, const A* gates, A* out) const {
     constexpr int64_t kBlock = 16;
     for (int g = 0; g < G; ++g)
@@ -399,7 +423,8 @@ class BackwardScan {
         for (int64_t first = 0; first < chunk.rows; first += kBlock) {
           const int64_t end = first + kBlock < chunk.rows ? first + kBlock : chunk.rows;
           Vector<A> block{};
-          for (int64_t row = first; row < end; ++row) block += load(gates + row * ldg_ + g * Hp_ + u);
+          for (int64_t row = first; row < end; ++row)
+            block += load(gates + row * ldg_ + g * Hp_ + u);
           sum += block;
         }
         A* total = out + g * Hp_ + u;
@@ -407,7 +432,8 @@ class BackwardScan {
       }
   }
 
-  // Where the input gradient of direction d goes: into memory of our own (rows of I), or into the result.
+  // Where the input gradient of direction d goes: into memory of our own (rows of I), or into the
+  // result.
   A* own_input_gradient(const Task& task) const {
     if (task.dir->d_input) return task.dir->d_input;
     return task.layer > 0 ? between_[(task.layer - 1) % 2] : nullptr;
@@ -422,8 +448,8 @@ class BackwardScan {
       int64_t t = chunk.first;
       for (int64_t row = part.begin; row < part.end; row += kMaxRows) {
         const int64_t height = part.end - row < kMaxRows ? part.end - row : kMaxRows;
-        times(height, G, p_.H, task.I, dir.gates_x + row * ldg_, ldg_, task.weights.ih, dir.packed_ih, column, vectors,
-              nullptr, 0, tile_out, kPanel);
+        times(height, G, p_.H, task.I, dir.gates_x + row * ldg_, ldg_, task.weights.ih,
+              dir.packed_ih, column, vectors, nullptr, 0, tile_out, kPanel);
         for (int64_t i = 0; i < height; ++i) {
           const int64_t global = chunk.row + row + i;
           const A* from = tile_out + i * kPanel - column;
@@ -447,7 +473,8 @@ class BackwardScan {
       const auto add = [&](const auto* first, auto* out) {
         const A* second = directions_[1].d_input + row * I;
         for (int64_t i = 0; i < I; i += L)
-          store_partial(out + i, load_partial(first + i, I - i) + load_partial(second + i, I - i), I - i);
+          store_partial(out + i, load_partial(first + i, I - i) + load_partial(second + i, I - i),
+                        I - i);
       };
       const A* own = directions_[0].d_input ? directions_[0].d_input + row * I : nullptr;
       if (layer > 0) {
@@ -467,7 +494,8 @@ class BackwardScan {
     const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
     for (int64_t b = member.rows.begin; b < member.rows.end; ++b) {
       if (p_.d_h0)
-        store_row(dir.dh + b * Rp_, member.units.begin, h_end, p_.R, static_cast<S*>(p_.d_h0) + (state + b) * p_.R);
+        store_row(dir.dh + b * Rp_, member.units.begin, h_end, p_.R,
+                  static_cast<S*>(p_.d_h0) + (state + b) * p_.R);
       if constexpr (Cell::kStates > 1)
         if (p_.d_c0)
           store_row(dir.dc + b * Hp_, member.units.begin, member.units.end, p_.H,
@@ -479,21 +507,26 @@ class BackwardScan {
     if (grads.bias_ih)
       for (int64_t g = 0; g < G; ++g) {
         const A* d_bias_hh = Cell::kSumsGates ? dir.d_bias_ih : dir.d_bias_hh;
-        store_row(dir.d_bias_ih + g * Hp_, units.begin, units.end, p_.H, static_cast<S*>(grads.bias_ih) + g * p_.H);
-        store_row(d_bias_hh + g * Hp_, units.begin, units.end, p_.H, static_cast<S*>(grads.bias_hh) + g * p_.H);
+        store_row(dir.d_bias_ih + g * Hp_, units.begin, units.end, p_.H,
+                  static_cast<S*>(grads.bias_ih) + g * p_.H);
+        store_row(d_bias_hh + g * Hp_, units.begin, units.end, p_.H,
+                  static_cast<S*>(grads.bias_hh) + g * p_.H);
       }
     if constexpr (kLowPrecision) {
-      const auto round_rows = [](const A* own, void* tensor, int64_t gates, int64_t height, Range range, int64_t N) {
+      const auto round_rows = [](const A* own, void* tensor, int64_t gates, int64_t height,
+                                 Range range, int64_t N) {
         const int64_t end = range.end < height ? range.end : height;
         for (int64_t g = 0; g < gates; ++g)
           for (int64_t row = g * height + range.begin; row < g * height + end; ++row)
             for (int64_t i = 0; i < N; i += L)
-              store_partial(static_cast<S*>(tensor) + row * N + i, load_partial(own + row * N + i, N - i), N - i);
+              store_partial(static_cast<S*>(tensor) + row * N + i,
+                            load_partial(own + row * N + i, N - i), N - i);
       };
       round_rows(dir.d_ih, grads.ih, G, p_.H, units, task.I);
       round_rows(dir.d_hh, grads.hh, G, p_.H, units, p_.R);
       if (p_.projected())
-        round_rows(dir.d_hr, grads.hr, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size), p_.H);
+        round_rows(dir.d_hr, grads.hr, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
+                   p_.H);
     }
   }
 

@@ -1,5 +1,5 @@
-// The forward scan of a stack: per layer and direction, the input product of a chunk of steps, then step by step
-// the recurrent product with the cell applied to each tile while it is in L1.
+// The forward scan of a stack: per layer and direction, the input product of a chunk of steps, then
+// step by step the recurrent product with the cell applied to each tile while it is in L1.
 #pragma once
 
 #include "scan.h"
@@ -28,7 +28,8 @@ class ForwardScan {
   void lay_out(Arena& arena) {
     const int64_t widest = p_.layers > 1 && p_.dirs * p_.R > p_.I ? p_.dirs * p_.R : p_.I;
     const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
-    const int64_t stagers = plan_.split == Split::kUnits ? team_of(plan_.threads, p_.dirs, 0).size() : 1;
+    const int64_t stagers =
+        plan_.split == Split::kUnits ? team_of(plan_.threads, p_.dirs, 0).size() : 1;
     for (int64_t d = 0; d < p_.dirs; ++d) {
       Direction& dir = directions_[d];
       dir.packed_ih = arena.take<A>(plan_.pack_ih ? G * Hp_ * widest : 0);
@@ -42,7 +43,8 @@ class ForwardScan {
       dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.gates_x = arena.take<A>(chunk_rows * G * Hp_);
       dir.staged = arena.take<A>(stagers * chunk_rows * widest);
-      dir.chunk_offsets = arena.take<int64_t>(team_of(plan_.threads, p_.dirs, d).size() * (plan_.chunk_steps + 1));
+      dir.chunk_offsets =
+          arena.take<int64_t>(team_of(plan_.threads, p_.dirs, d).size() * (plan_.chunk_steps + 1));
     }
     const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
     between_[0] = arena.take<S>(between);
@@ -63,17 +65,18 @@ class ForwardScan {
 
  private:
   struct Direction {
-    A* packed_ih;            // panels of [I, G*Hp]
-    A* packed_hh;            // panels of [R, G*Hp]
-    A* packed_hr;            // panels of [H, Rp]
-    A* bias_ih;              // [G*Hp] in panel order
+    A* packed_ih;  // panels of [I, G*Hp]
+    A* packed_hh;  // panels of [R, G*Hp]
+    A* packed_hr;  // panels of [H, Rp]
+    A* bias_ih;    // [G*Hp] in panel order
     A* bias_hh;
     A* h[2];                 // [B, Rp]: read at one step, written at the next
     A* c;                    // [B, Hp]
     A* unprojected;          // [B, Hp]
     A* gates_x;              // [chunk rows, G*Hp] in panel order
     A* staged;               // [chunk rows, I]
-    int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each of its steps
+    int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
+                             // of its steps
   };
 
   // What one direction of one layer works on.
@@ -93,8 +96,13 @@ class ForwardScan {
   }
 
   void run_direction(int64_t layer, int64_t d, Range team, Range mine) {
-    Task task{layer, d, &directions_[d], p_.weights[layer * p_.dirs + d], p_.input_size(layer),
-              layer == 0 ? p_.input : between(layer - 1), layer + 1 == p_.layers ? p_.output : between(layer)};
+    Task task{layer,
+              d,
+              &directions_[d],
+              p_.weights[layer * p_.dirs + d],
+              p_.input_size(layer),
+              layer == 0 ? p_.input : between(layer - 1),
+              layer + 1 == p_.layers ? p_.output : between(layer)};
     const auto each_member = [&](auto body) {
       for (int64_t id = mine.begin; id < mine.end; ++id) body(member_of(p_, plan_, team, int(id)));
     };
@@ -102,15 +110,18 @@ class ForwardScan {
     const int arrivals = int(mine.size());
 
     each_member([&](const Member& member) { prepare(task, member); });
-    // Members of a row split share the packed weights. Members of a unit split pack their own, but read all of h.
+    // Members of a row split share the packed weights. Members of a unit split pack their own, but
+    // read all of h.
     barrier.wait(arrivals);
     for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
-      const int64_t count = plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
+      const int64_t count =
+          plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = d == 0 ? done : steps_.T - done - count;
       each_member([&](const Member& member) { input_product(task, member, first, count); });
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = d == 0 ? first + i : first + count - 1 - i;
-        each_member([&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
+        each_member(
+            [&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
         if (plan_.split == Split::kUnits) barrier.wait(arrivals);
       }
     }
@@ -124,10 +135,14 @@ class ForwardScan {
     int64_t turn = 0;
     for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
       if (shared && turn++ % member.size != member.index) return;
-      pack_bias<S, G>(static_cast<const S*>(w.bias_ih), p_.H, unit, vectors, dir.bias_ih + unit * G);
-      pack_bias<S, G>(static_cast<const S*>(w.bias_hh), p_.H, unit, vectors, dir.bias_hh + unit * G);
+      pack_bias<S, G>(static_cast<const S*>(w.bias_ih), p_.H, unit, vectors,
+                      dir.bias_ih + unit * G);
+      pack_bias<S, G>(static_cast<const S*>(w.bias_hh), p_.H, unit, vectors,
+                      dir.bias_hh + unit * G);
       const auto pack = [&](const void* weight, int64_t K, A* packed) {
-        if (packed) pack_transposed<S, G>(static_cast<const S*>(weight), p_.H, K, unit, vectors, packed + unit * G * K);
+        if (packed)
+          pack_transposed<S, G>(static_cast<const S*>(weight), p_.H, K, unit, vectors,
+                                packed + unit * G * K);
       };
       pack(w.ih, task.I, dir.packed_ih);
       pack(w.hh, p_.R, dir.packed_hh);
@@ -135,14 +150,18 @@ class ForwardScan {
     if (plan_.pack_hh && p_.projected())
       for_panels<A, 1>(0, Rp_, [&](int64_t unit, int vectors) {
         if (turn++ % member.size != member.index) return;
-        pack_transposed<S, 1>(static_cast<const S*>(w.hr), p_.R, p_.H, unit, vectors, dir.packed_hr + unit * p_.H);
+        pack_transposed<S, 1>(static_cast<const S*>(w.hr), p_.R, p_.H, unit, vectors,
+                              dir.packed_hr + unit * p_.H);
       });
 
-    // Both buffers of h start from h0: in a ragged batch the reverse direction meets new sequences at any step.
+    // Both buffers of h start from h0: in a ragged batch the reverse direction meets new sequences
+    // at any step.
     const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B;
     const S* h0 = static_cast<const S*>(p_.h0);
     const S* c0 = static_cast<const S*>(p_.c0);
-    const Range rows = plan_.split == Split::kUnits ? part_of(steps_.B, 1, member.index, member.size) : member.rows;
+    const Range rows = plan_.split == Split::kUnits
+                           ? part_of(steps_.B, 1, member.index, member.size)
+                           : member.rows;
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       for (A* h : dir.h) copy_row(h0 ? h0 + (state + b) * p_.R : nullptr, p_.R, Rp_, h + b * Rp_);
       if constexpr (Cell::kStates > 1)
@@ -174,7 +193,8 @@ class ForwardScan {
     int64_t ldx = 0;
     if constexpr (sizeof(S) == sizeof(A)) {
       const bool everyone = member.rows.size() == steps_.B;
-      if (everyone && (steps_.offsets || task.input.stride_t == steps_.B * task.input.stride_b || count == 1)) {
+      if (everyone &&
+          (steps_.offsets || task.input.stride_t == steps_.B * task.input.stride_b || count == 1)) {
         x = row_of<S>(task.input, steps_, first, 0);
         ldx = task.input.stride_b;
       } else if (count == 1 || (member.rows.size() == 1 && !steps_.offsets)) {
@@ -183,7 +203,8 @@ class ForwardScan {
       }
     }
     if (!x) {
-      const int64_t place = plan_.split == Split::kUnits ? member.index * steps_.B : member.rows.begin;
+      const int64_t place =
+          plan_.split == Split::kUnits ? member.index * steps_.B : member.rows.begin;
       A* staged = dir.staged + place * plan_.chunk_steps * task.I;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t m = 0; m < offsets[i + 1] - offsets[i]; ++m)
@@ -195,8 +216,8 @@ class ForwardScan {
 
     A* gates = gates_x(task, member);
     for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
-      product<G>(rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H, dir.packed_ih, unit, vectors,
-                 dir.bias_ih + unit * G, gates + unit * G, G * Hp_);
+      product<G>(rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H, dir.packed_ih,
+                 unit, vectors, dir.bias_ih + unit * G, gates + unit * G, G * Hp_);
     });
   }
 
@@ -206,121 +227,152 @@ class ForwardScan {
 
   // out[m, panel] = x[m, :] W^T + bias for one panel of units.
   template <int gates>
-  void product(int64_t rows, int64_t K, const A* x, int64_t ldx, const S* w, int64_t units, const A* packed,
-               int64_t unit, int vectors, const A* bias, A* out, int64_t ldo) const {
+  void product(int64_t rows, int64_t K, const A* x, int64_t ldx, const S* w, int64_t units,
+               const A* packed, int64_t unit, int vectors, const A* bias, A* out,
+               int64_t ldo) const {
     if (!packed) return dot<S, gates>(rows, K, x, ldx, w, units, unit, vectors, bias, out, ldo);
     const int64_t width = int64_t(gates) * vectors * L;
-    for_row_tiles<A, Left::kRows>(rows, gates * vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
-      tile(K, x + m * ldx, ldx, packed + unit * gates * K, width, bias, 0, out + m * ldo, ldo);
-    });
+    for_row_tiles<A, Left::kRows>(
+        rows, gates * vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
+          tile(K, x + m * ldx, ldx, packed + unit * gates * K, width, bias, 0, out + m * ldo, ldo);
+        });
   }
 
-  void step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk, int64_t parity) {
+  // Where a member's rows of one step stand: pointers to its first sequence, at unit 0. Rows follow
+  // one another at fixed distances.
+  struct StepRows {
+    const A* gates_x;  // [rows, G*Hp] in panel order
+    const A* h;        // [rows, Rp]
+    A* h_next;         // [rows, Rp]
+    A* c;              // [rows, Hp], null for a cell without c
+    A* unprojected;    // [rows, Hp], null without a projection
+    S* y;              // [rows, R], ldy apart
+    int64_t ldy;
+    A* saved;  // [rows, slots, Hp], null in inference
+  };
+
+  StepRows rows_of_step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk,
+                        int64_t parity) const {
+    const Direction& dir = *task.dir;
+    const int64_t first = member.rows.begin;
+    const int64_t offset =
+        dir.chunk_offsets[member.index * (plan_.chunk_steps + 1) + index_in_chunk];
+    const int64_t saved_row = (task.layer * p_.dirs + task.d) * steps_.N + steps_.offset(t) + first;
+    return {gates_x(task, member) + offset * G * Hp_,
+            dir.h[parity] + first * Rp_,
+            dir.h[1 - parity] + first * Rp_,
+            dir.c ? dir.c + first * Hp_ : nullptr,
+            dir.unprojected ? dir.unprojected + first * Hp_ : nullptr,
+            row_of<S>(task.output, steps_, t, first) + task.d * p_.R,
+            task.output.stride_b,
+            p_.saved ? static_cast<A*>(p_.saved) + saved_row * slots_ * Hp_ : nullptr};
+  }
+
+  void step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk,
+            int64_t parity) {
     const Direction& dir = *task.dir;
     const int64_t rows = alive(member, t);
     if (rows == 0) return;
-    const int64_t first = member.rows.begin;
-    const A* h = dir.h[parity] + first * Rp_;
-    A* h_next = dir.h[1 - parity] + first * Rp_;
-    const int64_t offset = dir.chunk_offsets[member.index * (plan_.chunk_steps + 1) + index_in_chunk];
-    const A* gates_x = this->gates_x(task, member) + offset * G * Hp_;
-    const Row row{task, t, first};
+    const StepRows at = rows_of_step(task, member, t, index_in_chunk, parity);
 
-    alignas(64) A tile_out[kMaxRows * kPanelWidth];
+    alignas(64) A gates_h[kMaxRows * kPanelWidth];
     for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
       const int64_t width = int64_t(G) * vectors * L;
       const A* bias = dir.bias_hh + unit * G;
-      const auto finish_tile = [&](int64_t m, int64_t height) {
-        for (int64_t i = 0; i < height; ++i)
-          for (int v = 0; v < vectors; ++v)
-            apply_cell(row, m + i, unit + v * L, gates_x + (m + i) * G * Hp_ + unit * G + v * L,
-                       tile_out + i * width + v * L, vectors * L, h, h_next);
-      };
       if (dir.packed_hh) {
-        for_row_tiles<A, Left::kRows>(rows, G * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
-          tile(p_.R, h + m * Rp_, Rp_, dir.packed_hh + unit * G * p_.R, width, bias, 0, tile_out, width);
-          finish_tile(m, height);
-        });
+        for_row_tiles<A, Left::kRows>(
+            rows, G * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
+              tile(p_.R, at.h + m * Rp_, Rp_, dir.packed_hh + unit * G * p_.R, width, bias, 0,
+                   gates_h, width);
+              apply_cell(at, m, height, unit, vectors, gates_h);
+            });
       } else {
         for (int64_t m = 0; m < rows; m += kMaxRows) {
           const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-          dot<S, G>(height, p_.R, h + m * Rp_, Rp_, static_cast<const S*>(task.weights.hh), p_.H, unit, vectors, bias,
-                    tile_out, width);
-          finish_tile(m, height);
+          dot<S, G>(height, p_.R, at.h + m * Rp_, Rp_, static_cast<const S*>(task.weights.hh), p_.H,
+                    unit, vectors, bias, gates_h, width);
+          apply_cell(at, m, height, unit, vectors, gates_h);
         }
       }
     });
-    if (p_.projected()) project(row, rows, h_next);
+    if (p_.projected()) project(task, at, rows);
   }
 
-  // The rows of one step: row m of a member is sequence first + m.
-  struct Row {
-    const Task& task;
-    int64_t t;
-    int64_t first;
-  };
-
-  A* saved_row(const Row& row, int64_t m) const {
-    const int64_t plane = (row.task.layer * p_.dirs + row.task.d) * steps_.N;
-    return static_cast<A*>(p_.saved) + (plane + steps_.offset(row.t) + row.first + m) * slots_ * Hp_;
-  }
-
-  // One vector of units of one sequence: gates in, states out.
-  FUSED_RNN_INLINE void apply_cell(const Row& row, int64_t m, int64_t unit, const A* gates_x, const A* gates_h,
-                                   int gate_stride, const A* h, A* h_next) const {
+  // The cell for rows [m, m + height) of one panel: gates in, states out.
+  void apply_cell(const StepRows& at, int64_t m, int64_t height, int64_t unit, int vectors,
+                  const A* gates_h) const {
     using V = Vector<A>;
-    V x[G], gh[G], prev[Cell::kStates], state[Cell::kStates], saved[Cell::kSaved + 1];
+    const int64_t gate = vectors * L;
+    for (int v = 0; v < vectors; ++v, unit += L) {
+      const A* gx = at.gates_x + m * G * Hp_ + (unit - v * L) * G + v * L;
+      const A* gh = gates_h + v * L;
+      const A* h = at.h + m * Rp_ + unit;  // with a projection not followed
+      A* h_next = at.h_next + m * Rp_ + unit;
+      A* c = at.c ? at.c + m * Hp_ + unit : nullptr;
+      A* unprojected = at.unprojected ? at.unprojected + m * Hp_ + unit : nullptr;
+      S* y = at.y + m * at.ldy + unit;
+      A* slot = at.saved ? at.saved + m * slots_ * Hp_ + unit : nullptr;
+      for (int64_t i = 0; i < height; ++i) {
+        V x[G], hh[G], prev[Cell::kStates], state[Cell::kStates], saved[Cell::kSaved + 1];
 #pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
-      x[g] = load(gates_x + g * gate_stride);
-      gh[g] = load(gates_h + g * gate_stride);
-    }
-    const Direction& dir = *row.task.dir;
-    A* c = dir.c + (row.first + m) * Hp_ + unit;
-    prev[0] = unit < Rp_ ? load(h + m * Rp_ + unit) : V{};
-    if constexpr (Cell::kStates > 1) prev[1] = load(c);
-    Cell::forward(x, gh, prev, state, saved);
-    if constexpr (Cell::kStates > 1) store(c, state[1]);
-    if (p_.projected()) {
-      store(dir.unprojected + (row.first + m) * Hp_ + unit, state[0]);
-    } else {
-      state[0] = emit_h(row, m, unit, state[0], h_next);
-    }
-    if (p_.saved) {
-      A* slot = saved_row(row, m) + unit;
-      store(p_.projected() ? slot + (slots_ - 1) * Hp_ : slot, state[0]);
+        for (int g = 0; g < G; ++g) {
+          x[g] = load(gx + g * gate);
+          hh[g] = load(gh + g * gate);
+        }
+        // A projected cell (LSTM) does not read the h before it except through W_hh.
+        prev[0] = unprojected ? V{} : load(h);
+        if constexpr (Cell::kStates > 1) prev[1] = load(c);
+        Cell::forward(x, hh, prev, state, saved);
+        if constexpr (Cell::kStates > 1) {
+          store(c, state[1]);
+          c += Hp_;
+        }
+        if (!unprojected) state[0] = emit_h(state[0], p_.R - unit, h_next, y);
+        if (slot) {
+          store(unprojected ? slot + (slots_ - 1) * Hp_ : slot, state[0]);
 #pragma GCC unroll 8
-      for (int i = 1; i < Cell::kStates; ++i) store(slot + i * Hp_, state[i]);
+          for (int s = 1; s < Cell::kStates; ++s) store(slot + s * Hp_, state[s]);
 #pragma GCC unroll 8
-      for (int i = 0; i < Cell::kSaved; ++i) store(slot + (Cell::kStates + i) * Hp_, saved[i]);
+          for (int s = 0; s < Cell::kSaved; ++s) store(slot + (Cell::kStates + s) * Hp_, saved[s]);
+          slot += slots_ * Hp_;
+        }
+        gx += G * Hp_;
+        gh += G * gate;
+        h += Rp_;
+        h_next += Rp_;
+        y += at.ldy;
+        if (unprojected) {
+          store(unprojected, state[0]);
+          unprojected += Hp_;
+        }
+      }
     }
   }
 
   // h goes to the output, and on to the next step as the output holds it.
-  FUSED_RNN_INLINE Vector<A> emit_h(const Row& row, int64_t m, int64_t unit, Vector<A> h, A* h_next) const {
+  static FUSED_RNN_INLINE Vector<A> emit_h(Vector<A> h, int64_t valid, A* h_next, S* y) {
     h = round_to<S>(h);
-    store(h_next + m * Rp_ + unit, h);
-    S* y = row_of<S>(row.task.output, steps_, row.t, row.first + m) + row.task.d * p_.R + unit;
-    store_partial(y, h, p_.R - unit);
+    store(h_next, h);
+    store_partial(y, h, valid);
     return h;
   }
 
   // h = W_hr (o tanh c), for an LSTM with projection.
-  void project(const Row& row, int64_t rows, A* h_next) const {
-    const Direction& dir = *row.task.dir;
-    alignas(64) A tile_out[kMaxRows * kPanelWidth];
+  void project(const Task& task, const StepRows& at, int64_t rows) const {
+    alignas(64) A projected[kMaxRows * kPanelWidth];
     alignas(64) const A zeros[kPanelWidth] = {};
     for_panels<A, 1>(0, Rp_, [&](int64_t unit, int vectors) {
       for (int64_t m = 0; m < rows; m += kMaxRows) {
         const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-        product<1>(height, p_.H, dir.unprojected + (row.first + m) * Hp_, Hp_,
-                   static_cast<const S*>(row.task.weights.hr), p_.R, dir.packed_hr, unit, vectors, zeros, tile_out,
-                   vectors * L);
+        product<1>(height, p_.H, at.unprojected + m * Hp_, Hp_,
+                   static_cast<const S*>(task.weights.hr), p_.R, task.dir->packed_hr, unit, vectors,
+                   zeros, projected, vectors * L);
         for (int64_t i = 0; i < height; ++i)
           for (int v = 0; v < vectors; ++v) {
-            const Vector<A> h =
-                emit_h(row, m + i, unit + v * L, load(tile_out + (i * vectors + v) * L), h_next);
-            if (p_.saved) store(saved_row(row, m + i) + unit + v * L, h);
+            const int64_t u = unit + v * L;
+            const Vector<A> h = emit_h(load(projected + (i * vectors + v) * L), p_.R - u,
+                                       at.h_next + (m + i) * Rp_ + u, at.y + (m + i) * at.ldy + u);
+            if (at.saved) store(at.saved + (m + i) * slots_ * Hp_ + u, h);
           }
       }
     });

@@ -1,8 +1,8 @@
 #include "isa.h"
 
+#include <strings.h>
 #include <cstdlib>
 #include <cstring>
-#include <strings.h>
 
 namespace fused_rnn::cpu {
 
@@ -32,7 +32,8 @@ constexpr int kCount = int(sizeof(kCompiled) / sizeof(kCompiled[0]));
 bool runs_here(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   if (!std::strcmp(name, "avx2")) return avx2;
   if (!std::strcmp(name, "avx512"))
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

@@ -13,16 +13,18 @@ struct CellInfo {
   int saved;
 };
 
-// The pointwise functions as the scan runs them, for tests: arrays of n values per gate, state or saved value.
+// The pointwise functions as the scan runs them, for tests: arrays of n values per gate, state or
+// saved value.
 template <class A>
 struct CellFunctions {
   void (*forward)(int64_t n, const A* x, const A* h, const A* prev, A* state, A* saved);
-  void (*backward)(int64_t n, const A* saved, const A* prev, const A* state, const A* d_state, A* dx, A* dh, A* d_prev);
+  void (*backward)(int64_t n, const A* saved, const A* prev, const A* state, const A* d_state,
+                   A* dx, A* dh, A* d_prev);
 };
 
 struct CellKernels {
   CellInfo info;
-  void (*forward[4])(const ForwardProblem&, const Plan&, const Runtime&);    // [DType]
+  void (*forward[4])(const ForwardProblem&, const Plan&, const Runtime&);  // [DType]
   void (*backward[4])(const BackwardProblem&, const Plan&, const Runtime&);
   CellFunctions<float> as_float;
   CellFunctions<double> as_double;

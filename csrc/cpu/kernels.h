@@ -1,5 +1,5 @@
-// The kernels of one instruction set: every cell of the registry, forward and backward, in every storage type.
-// Included once by each kernels_*.cpp, which is compiled with that set's flags.
+// The kernels of one instruction set: every cell of the registry, forward and backward, in every
+// storage type. Included once by each kernels_*.cpp, which is compiled with that set's flags.
 #pragma once
 
 #include "../cells/registry.h"
@@ -14,7 +14,8 @@ template <class Cell, class A>
 void cell_forward(int64_t n, const A* x, const A* h, const A* prev, A* state, A* saved) {
   constexpr int L = kLanes<A>;
   for (int64_t i = 0; i < n; i += L) {
-    Vector<A> vx[Cell::kGates], vh[Cell::kGates], vprev[Cell::kStates], vstate[Cell::kStates], vsaved[Cell::kSaved + 1];
+    Vector<A> vx[Cell::kGates], vh[Cell::kGates], vprev[Cell::kStates], vstate[Cell::kStates],
+        vsaved[Cell::kSaved + 1];
     for (int g = 0; g < Cell::kGates; ++g) {
       vx[g] = load_partial(x + g * n + i, n - i);
       vh[g] = load_partial(h + g * n + i, n - i);
@@ -27,11 +28,12 @@ void cell_forward(int64_t n, const A* x, const A* h, const A* prev, A* state, A*
 }
 
 template <class Cell, class A>
-void cell_backward(int64_t n, const A* saved, const A* prev, const A* state, const A* d_state, A* dx, A* dh,
-                   A* d_prev) {
+void cell_backward(int64_t n, const A* saved, const A* prev, const A* state, const A* d_state,
+                   A* dx, A* dh, A* d_prev) {
   constexpr int L = kLanes<A>;
   for (int64_t i = 0; i < n; i += L) {
-    Vector<A> vsaved[Cell::kSaved + 1], vprev[Cell::kStates], vstate[Cell::kStates], vd[Cell::kStates];
+    Vector<A> vsaved[Cell::kSaved + 1], vprev[Cell::kStates], vstate[Cell::kStates],
+        vd[Cell::kStates];
     Vector<A> vdx[Cell::kGates], vdh[Cell::kGates], vdprev[Cell::kStates];
     for (int s = 0; s < Cell::kSaved; ++s) vsaved[s] = load_partial(saved + s * n + i, n - i);
     for (int s = 0; s < Cell::kStates; ++s) {
@@ -52,8 +54,10 @@ template <class Cell>
 constexpr CellKernels kernels_of() {
   return {
       {Cell::kName, Cell::kGates, Cell::kStates, Cell::kSaved},
-      {forward<Cell, float>, forward<Cell, double>, forward<Cell, BFloat16>, forward<Cell, Float16>},
-      {backward<Cell, float>, backward<Cell, double>, backward<Cell, BFloat16>, backward<Cell, Float16>},
+      {forward<Cell, float>, forward<Cell, double>, forward<Cell, BFloat16>,
+       forward<Cell, Float16>},
+      {backward<Cell, float>, backward<Cell, double>, backward<Cell, BFloat16>,
+       backward<Cell, Float16>},
       {cell_forward<Cell, float>, cell_backward<Cell, float>},
       {cell_forward<Cell, double>, cell_backward<Cell, double>},
   };
@@ -70,7 +74,8 @@ using Table = decltype(table_of(Cells{}));
 
 template <class A, class Function>
 void map(int64_t n, const A* x, A* y, Function function) {
-  for (int64_t i = 0; i < n; i += kLanes<A>) store_partial(y + i, function(load_partial(x + i, n - i)), n - i);
+  for (int64_t i = 0; i < n; i += kLanes<A>)
+    store_partial(y + i, function(load_partial(x + i, n - i)), n - i);
 }
 template <class A>
 void map_sigmoid(int64_t n, const A* x, A* y) {
@@ -89,6 +94,7 @@ constexpr MathFunctions kMath[] = {
 }  // namespace
 
 extern const Isa kIsa;
-const Isa kIsa{FUSED_RNN_ISA_NAME, Table::kCells, Table::kCount, kMath, int(sizeof(kMath) / sizeof(kMath[0]))};
+const Isa kIsa{FUSED_RNN_ISA_NAME, Table::kCells, Table::kCount, kMath,
+               int(sizeof(kMath) / sizeof(kMath[0]))};
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

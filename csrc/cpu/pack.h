@@ -1,15 +1,16 @@
 // Weights for the tile: repacked where enough rows will use them, read as they are where not.
 //
-// A panel is up to kMaxVectors vectors side by side. Panels follow one another, so the panel that starts
-// at column c of a matrix with K rows stands at offset c * K. Columns beyond the matrix are zero.
+// A panel is up to kMaxVectors vectors side by side. Panels follow one another, so the panel that
+// starts at column c of a matrix with K rows stands at offset c * K. Columns beyond the matrix are
+// zero.
 #pragma once
 
 #include "tile.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-// Unit vectors in a panel of G gates: the gates of a unit stand side by side, so that the cell finds them
-// together.
+// Unit vectors in a panel of G gates: the gates of a unit stand side by side, so that the cell
+// finds them together.
 template <int G>
 constexpr int kPanelUnits = kMaxVectors / G > 0 ? kMaxVectors / G : 1;
 
@@ -23,7 +24,8 @@ FUSED_RNN_INLINE void for_panels(int64_t begin, int64_t end, Body body) {
 
 // W[G*H, K], to be used as x W^T: dst[k, g, v, lane] = W[g*H + unit + v*L + lane, k].
 template <class S, int G>
-void pack_transposed(const S* w, int64_t H, int64_t K, int64_t unit, int vectors, Accumulate<S>* dst) {
+void pack_transposed(const S* w, int64_t H, int64_t K, int64_t unit, int vectors,
+                     Accumulate<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   const int64_t ld = int64_t(G) * vectors * L;
@@ -44,8 +46,8 @@ void pack_transposed(const S* w, int64_t H, int64_t K, int64_t unit, int vectors
       }
 }
 
-// W[G*H, N], to be used as d W: dst[g*Hp + j, v, lane] = W[g*H + j, column + v*L + lane]; rows H <= j < Hp
-// are zero.
+// W[G*H, N], to be used as d W: dst[g*Hp + j, v, lane] = W[g*H + j, column + v*L + lane]; rows H <=
+// j < Hp are zero.
 template <class S>
 void pack_rows(const S* w, int64_t G, int64_t H, int64_t Hp, int64_t N, int64_t column, int vectors,
                Accumulate<S>* dst) {
@@ -73,11 +75,11 @@ void pack_bias(const S* bias, int64_t H, int64_t unit, int vectors, Accumulate<S
     }
 }
 
-// out[m, g, v, lane] = a[m, :] . W[g*H + unit + v*L + lane, :] + add: x W^T from W as it is, for few rows.
-// Rows of W are contiguous in K, so each element is a dot product.
+// out[m, g, v, lane] = a[m, :] . W[g*H + unit + v*L + lane, :] + add: x W^T from W as it is, for
+// few rows. Rows of W are contiguous in K, so each element is a dot product.
 template <class S, int G>
-void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, int64_t H, int64_t unit, int vectors,
-         const Accumulate<S>* add, Accumulate<S>* out, int64_t ldo) {
+void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, int64_t H,
+         int64_t unit, int vectors, const Accumulate<S>* add, Accumulate<S>* out, int64_t ldo) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   for (int g = 0; g < G; ++g)
@@ -116,11 +118,12 @@ void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, 
     }
 }
 
-// out[m, column + ...] = sum_g a[m, g, :] W[g, :, column + ...] + add, for W[G*H, N] as it is. Columns
-// [column, column + vectors*L) may reach beyond N: those results are zero.
+// out[m, column + ...] = sum_g a[m, g, :] W[g, :, column + ...] + add, for W[G*H, N] as it is.
+// Columns [column, column + vectors*L) may reach beyond N: those results are zero.
 template <class A>
-void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A* a, int64_t lda, const A* w,
-                int64_t column, int vectors, const A* add, int64_t ld_add, A* out, int64_t ldo) {
+void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A* a, int64_t lda,
+                const A* w, int64_t column, int vectors, const A* add, int64_t ld_add, A* out,
+                int64_t ldo) {
   constexpr int L = kLanes<A>;
   int whole = vectors;
   while (whole > 0 && column + whole * L > N) --whole;
@@ -131,14 +134,16 @@ void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A*
     const int64_t ld_before = g ? ldo : ld_add;
     if (whole > 0)
       for_row_tiles<A, Left::kRows>(M, whole, [&](int64_t m, int64_t, TileFunction<A> tile) {
-        tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr, ld_before, out + m * ldo, ldo);
+        tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr, ld_before,
+             out + m * ldo, ldo);
       });
     for (int v = whole; v < vectors; ++v) {
       const int64_t valid = N - column - v * L;
       for (int64_t m = 0; m < M; ++m) {
         Vector<A> sum{};
         if (valid > 0)
-          for (int64_t k = 0; k < H; ++k) sum += left[m * lda + k] * load_partial(rows + k * N + v * L, valid);
+          for (int64_t k = 0; k < H; ++k)
+            sum += left[m * lda + k] * load_partial(rows + k * N + v * L, valid);
         if (before) sum += load(before + m * ld_before + v * L);
         store(out + m * ldo + v * L, sum);
       }

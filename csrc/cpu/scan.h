@@ -7,14 +7,15 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-// Values kept per unit and row: the states, what the cell saves, and with a projection the cell's own output (the
-// state h is then what it was projected to).
+// Values kept per unit and row: the states, what the cell saves, and with a projection the cell's
+// own output (the state h is then what it was projected to).
 template <class Cell>
 int64_t saved_slots(const Stack& stack) {
   return Cell::kStates + Cell::kSaved + (stack.projected() ? 1 : 0);
 }
 
-// Hands out pieces of one block, null for nothing. Laid out once without memory to learn the size, then for real.
+// Hands out pieces of one block, null for nothing. Laid out once without memory to learn the size,
+// then for real.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -42,7 +43,8 @@ struct Member {
 inline Member member_of(const Stack& s, const Plan& plan, Range team, int id) {
   Member member{int(id - team.begin), int(team.size()), {0, s.steps.B}, {0, pad_units(s.H)}};
   if (plan.split == Split::kRows) member.rows = rows_of(s.steps, member.index, member.size);
-  if (plan.split == Split::kUnits) member.units = part_of(pad_units(s.H), kUnitPad, member.index, member.size);
+  if (plan.split == Split::kUnits)
+    member.units = part_of(pad_units(s.H), kUnitPad, member.index, member.size);
   return member;
 }
 
@@ -58,7 +60,8 @@ template <class S>
 void copy_row(const S* src, int64_t n, int64_t padded, Accumulate<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  for (int64_t i = 0; i < padded; i += L) store(dst + i, src ? load_partial(src + i, n - i) : Vector<A>{});
+  for (int64_t i = 0; i < padded; i += L)
+    store(dst + i, src ? load_partial(src + i, n - i) : Vector<A>{});
 }
 
 // dst[begin, end) = src[begin, end), where only the first n elements of dst exist.

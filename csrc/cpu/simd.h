@@ -1,6 +1,6 @@
 // The vector of the instruction set this translation unit is compiled for, and how elements of each
-// storage type are loaded into it. Built from the compiler's vector extensions, so one source serves
-// every set; only half-precision conversion and partial access name instructions.
+// storage type are loaded into it. Built from the compiler's vector extensions, so one source
+// serves every set; only half-precision conversion and partial access name instructions.
 #pragma once
 
 #include <stdint.h>
@@ -11,8 +11,9 @@
 
 #include "../core/platform.h"
 
-// A translation unit defines FUSED_RNN_ISA (avx512, avx2, baseline) before including this. Everything
-// compiled under its flags lives in a namespace of that name: two units never share a symbol.
+// A translation unit defines FUSED_RNN_ISA (avx512, avx2, baseline) before including this.
+// Everything compiled under its flags lives in a namespace of that name: two units never share a
+// symbol.
 #ifndef FUSED_RNN_ISA
 #error "define FUSED_RNN_ISA"
 #endif
@@ -93,19 +94,23 @@ FUSED_RNN_INLINE void store(BFloat16* p, Vector<float> v) {
   const U32Vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U32Vector nan = (bits >> 16) | 0x40;
   const U32Vector is_nan = reinterpret_cast<U32Vector>(v != v);
-  *reinterpret_cast<U16Unaligned*>(p) = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), U16Vector);
+  *reinterpret_cast<U16Unaligned*>(p) =
+      __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), U16Vector);
 }
 
 #if defined(__AVX512F__)
 FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
-  return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<Vector<float>>(
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
 }
 #elif defined(__AVX2__)
 FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
-  return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return reinterpret_cast<Vector<float>>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
@@ -114,7 +119,8 @@ FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
 // binary16 by integer arithmetic. The exponent is rebiased by a multiplication, which also brings
 // subnormals to their place.
 FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
-  const U32Vector bits = __builtin_convertvector(*reinterpret_cast<const U16Unaligned*>(p), U32Vector);
+  const U32Vector bits =
+      __builtin_convertvector(*reinterpret_cast<const U16Unaligned*>(p), U32Vector);
   const U32Vector magnitude = (bits & 0x7fff) << 13;
   const Vector<float> scaled = reinterpret_cast<Vector<float>>(magnitude) * 0x1p112f;
   const U32Vector special = reinterpret_cast<U32Vector>((bits & 0x7fff) >= 0x7c00);
@@ -125,19 +131,23 @@ FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
 FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
   const U32Vector bits = reinterpret_cast<U32Vector>(v);
   const U32Vector magnitude = bits & 0x7fffffff;
-  // Adding 2^(e+13) (or 0.5 for results that are subnormal) rounds at the last kept bit, ties to even.
+  // Adding 2^(e+13) (or 0.5 for results that are subnormal) rounds at the last kept bit, ties to
+  // even.
   U32Vector anchor = (magnitude & 0x7f800000) + (13u << 23);
   const U32Vector lowest = U32Vector{} + (126u << 23);
   const U32Vector small = reinterpret_cast<U32Vector>(anchor < lowest);
   anchor = (anchor & ~small) | (lowest & small);
-  const Vector<float> anchored = reinterpret_cast<Vector<float>>(magnitude) + reinterpret_cast<Vector<float>>(anchor);
+  const Vector<float> anchored =
+      reinterpret_cast<Vector<float>>(magnitude) + reinterpret_cast<Vector<float>>(anchor);
   const Vector<float> rounded = anchored - reinterpret_cast<Vector<float>>(anchor);
   const U32Vector half = reinterpret_cast<U32Vector>(rounded * 0x1p-112f) >> 13;
-  const U32Vector overflow = reinterpret_cast<U32Vector>(reinterpret_cast<Vector<float>>(magnitude) >= 65520.0f);
+  const U32Vector overflow =
+      reinterpret_cast<U32Vector>(reinterpret_cast<Vector<float>>(magnitude) >= 65520.0f);
   const U32Vector is_nan = reinterpret_cast<U32Vector>(v != v);
   U32Vector result = (half & ~overflow) | ((U32Vector{} + 0x7c00) & overflow);
   result = (result & ~is_nan) | ((U32Vector{} + 0x7e00) & is_nan);
-  *reinterpret_cast<U16Unaligned*>(p) = __builtin_convertvector(result | ((bits >> 16) & 0x8000), U16Vector);
+  *reinterpret_cast<U16Unaligned*>(p) =
+      __builtin_convertvector(result | ((bits >> 16) & 0x8000), U16Vector);
 }
 #endif
 
@@ -185,8 +195,10 @@ FUSED_RNN_INLINE V round_to(V v) {
 template <class A, int span, int... lane>
 FUSED_RNN_INLINE void swap_blocks(Vector<A>& a, Vector<A>& b, std::integer_sequence<int, lane...>) {
   constexpr int L = kLanes<A>;
-  const Vector<A> upper = __builtin_shufflevector(a, b, ((lane & span) ? L + lane - span : lane)...);
-  const Vector<A> lower = __builtin_shufflevector(a, b, ((lane & span) ? L + lane : lane + span)...);
+  const Vector<A> upper =
+      __builtin_shufflevector(a, b, ((lane & span) ? L + lane - span : lane)...);
+  const Vector<A> lower =
+      __builtin_shufflevector(a, b, ((lane & span) ? L + lane : lane + span)...);
   a = upper;
   b = lower;
 }
@@ -196,7 +208,8 @@ FUSED_RNN_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
   if constexpr (span < kLanes<A>) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<A>; ++i)
-      if (!(i & span)) swap_blocks<A, span>(rows[i], rows[i + span], std::make_integer_sequence<int, kLanes<A>>{});
+      if (!(i & span))
+        swap_blocks<A, span>(rows[i], rows[i + span], std::make_integer_sequence<int, kLanes<A>>{});
     transpose<A, span * 2>(rows);
   }
 }

@@ -5,18 +5,19 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// A core does about this many floating point operations per microsecond in the tile (AVX-512, 2.0e5 on
-// Zen 5, 1.1e5 on Zen 4). Only orders of magnitude matter here.
+// A core does about this many floating point operations per microsecond in the tile (AVX-512, 2.0e5
+// on Zen 5, 1.1e5 on Zen 4). Only orders of magnitude matter here.
 constexpr double kFlopsPerMicrosecond = 1.5e5;
 // Opening a parallel region costs 1-2 us; a barrier 0.1 us and, when a core is shared, much more.
 constexpr double kWorthARegion = 20.0;
 constexpr double kWorthABarrier = 2.0;
-// Packing reads and writes a weight once. It pays from about this many rows on where the copy stays in L2, and
-// later where it does not.
+// Packing reads and writes a weight once. It pays from about this many rows on where the copy stays
+// in L2, and later where it does not.
 constexpr int64_t kRowsWorthPacking = 8;
 constexpr int64_t kRowsWorthPackingLarge = 48;
 constexpr int64_t kLarge = 1 << 18;  // elements of a weight
-// Rows of the input product made at once: enough to use W_ih well from L2, few enough to stay there.
+// Rows of the input product made at once: enough to use W_ih well from L2, few enough to stay
+// there.
 constexpr int64_t kForwardChunkRows = 64;
 // Rows of one weight-gradient product: the gradient is read and written once per chunk.
 constexpr int64_t kBackwardChunkRows = 256;
@@ -34,7 +35,8 @@ bool worth_packing(int64_t weight, int64_t rows) {
 
 Plan plan(const Stack& s, int64_t gates, int max_threads, double work, int64_t chunk_rows) {
   const double per_row = 2.0 * double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
-  const double sequence = work * per_row * double(s.steps.N) / kFlopsPerMicrosecond;  // us, one layer and direction
+  const double sequence =
+      work * per_row * double(s.steps.N) / kFlopsPerMicrosecond;  // us, one layer and direction
   const double step = sequence / double(std::max<int64_t>(s.steps.T, 1));
 
   Plan plan;
@@ -100,7 +102,8 @@ Range rows_of(const Steps& steps, int index, int parts) {
   // Row b ends at share (its last step's number, counting sequence by sequence) / N.
   const auto border = [&](int i) {
     int64_t row = 0;
-    for (int64_t walked = 0; row < steps.B && walked + steps.lengths[row] / 2 < steps.N * i / parts; ++row)
+    for (int64_t walked = 0; row < steps.B && walked + steps.lengths[row] / 2 < steps.N * i / parts;
+         ++row)
       walked += steps.lengths[row];
     return i == parts ? steps.B : row;
   };

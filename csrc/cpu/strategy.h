@@ -15,11 +15,11 @@ enum class Split {
 };
 
 struct Plan {
-  int threads = 1;         // in all; directions share them evenly
+  int threads = 1;  // in all; directions share them evenly
   Split split = Split::kNone;
-  bool pack_ih = false;    // repack the weights for the tile, or read them as they are
+  bool pack_ih = false;  // repack the weights for the tile, or read them as they are
   bool pack_hh = false;
-  int64_t chunk_steps = 1; // steps whose input product is made at once
+  int64_t chunk_steps = 1;  // steps whose input product is made at once
   const char* reason = "";
 };
 

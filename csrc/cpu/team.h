@@ -5,8 +5,8 @@
 
 namespace fused_rnn::cpu {
 
-// A barrier for `members` ids. A thread may stand for several of them (a host can grant fewer threads than
-// were asked for), and arrives once for all.
+// A barrier for `members` ids. A thread may stand for several of them (a host can grant fewer
+// threads than were asked for), and arrives once for all.
 class Barrier {
  public:
   explicit Barrier(int members = 1) : members_(members) {}

@@ -1,6 +1,6 @@
 // The register tile: M rows x NV vectors of a matrix product held in registers over the whole of K.
-// Every product of this backend runs through it, so the order of each sum is the order of K, whatever
-// the tile, the split among threads or the batch: results do not depend on them.
+// Every product of this backend runs through it, so the order of each sum is the order of K,
+// whatever the tile, the split among threads or the batch: results do not depend on them.
 #pragma once
 
 #include "simd.h"
@@ -22,11 +22,12 @@ enum class Left {
   kColumns,  // a[m + k * lda]: gate gradients, transposed for weight gradients
 };
 
-// c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors. `add` may be null (zero), have
-// ld_add = 0 (a bias for every row), or be c itself (accumulate). It is added last: a long accumulation in
-// pieces then loses less than one that starts from a large sum.
+// c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors. `add` may be null (zero),
+// have ld_add = 0 (a bias for every row), or be c itself (accumulate). It is added last: a long
+// accumulation in pieces then loses less than one that starts from a large sum.
 template <class A, Left kLeft, int M, int NV>
-void tile(int64_t K, const A* a, int64_t lda, const A* w, int64_t ldw, const A* add, int64_t ld_add, A* c, int64_t ldc) {
+void tile(int64_t K, const A* a, int64_t lda, const A* w, int64_t ldw, const A* add, int64_t ld_add,
+          A* c, int64_t ldc) {
   constexpr int L = kLanes<A>;
   Vector<A> sum[M][NV];
 #pragma GCC unroll 16
@@ -54,7 +55,8 @@ void tile(int64_t K, const A* a, int64_t lda, const A* w, int64_t ldw, const A* 
 }
 
 template <class A>
-using TileFunction = void (*)(int64_t, const A*, int64_t, const A*, int64_t, const A*, int64_t, A*, int64_t);
+using TileFunction = void (*)(int64_t, const A*, int64_t, const A*, int64_t, const A*, int64_t, A*,
+                              int64_t);
 
 template <class A, Left kLeft>
 struct TileTable {
@@ -74,8 +76,8 @@ struct TileTable {
 template <class A, Left kLeft>
 inline constexpr TileTable<A, kLeft> kTiles{};
 
-// Calls body(first_row, rows, tile) for tiles of nearly equal height over `rows` rows: 8 rows are 4 + 4, not
-// 6 + 2, because a low tile is bound by loading weights.
+// Calls body(first_row, rows, tile) for tiles of nearly equal height over `rows` rows: 8 rows are 4
+// + 4, not 6 + 2, because a low tile is bound by loading weights.
 template <class A, Left kLeft, class Body>
 FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
   const int64_t highest = max_rows(vectors);
