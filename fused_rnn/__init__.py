@@ -2,6 +2,7 @@
 
 from .convert import convert, to_torch
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .ops import empty_cache
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "convert",
+    "empty_cache",
     "to_torch",
 ]

@@ -50,6 +50,12 @@ _is_key_included: Callable[[str], bool] = getattr(
 )
 
 
+def empty_cache() -> None:
+    """Give back to the system the blocks of memory (up to 256 MiB) kept from call to call."""
+    if available:
+        _C.empty_cache()
+
+
 class RNNFunction(torch.autograd.Function):
     """The ops under autograd: (output, h_n) or, for cells with two states, (output, h_n, c_n)."""
 

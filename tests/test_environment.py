@@ -16,6 +16,7 @@ from processes import output_of
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn import ops
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -231,3 +232,12 @@ for p, q in zip(layer.parameters(), model.parameters()):
 torch.distributed.destroy_process_group()
 """
     output_of(code)
+
+
+def test_kept_memory_is_bounded_and_given_back() -> None:
+    layer = fused_rnn.LSTM(64, 256)
+    for T in (40, 300, 90):
+        layer(torch.randn(T, 16, 64))[0].sum().backward()
+    assert 1 << 20 < ops._C.cached_bytes() <= 256 << 20
+    fused_rnn.empty_cache()
+    assert ops._C.cached_bytes() == 0
