@@ -72,10 +72,11 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.torch
 	$(PY) -m pip install -q --no-build-isolation -e '.[test,bench,dev]'
 	touch $@
 
+# The index has torch without CUDA. Where it is out of reach, pip looks once and takes what it has.
 $(VENV)/.torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import sys, torch; sys.exit(torch.torch_version.TorchVersion(torch.__version__) < "2.11")' 2> /dev/null \
-	  || $(PY) -m pip install '$(TORCH)' $(addprefix --extra-index-url ,$(TORCH_INDEX))
+	  || $(PY) -m pip install -q --retries 0 '$(TORCH)' $(addprefix --extra-index-url ,$(TORCH_INDEX))
 	touch $@
 
 clean:
