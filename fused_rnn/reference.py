@@ -142,14 +142,14 @@ def rnn(
     """
     if batch_sizes is None and input.dim() == 2:
         h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
-        output, _, c_n = rnn(
+        output, _, c = rnn(
             cell,
             *(input.unsqueeze(0), None, h0, c0, weights),
             num_layers=num_layers,
             bidirectional=bidirectional,
             batch_first=False,
         )
-        return output.squeeze(0), input.new_empty(0), None if c_n is None else c_n.squeeze(0)
+        return output.squeeze(0), input.new_empty(0), None if c is None else c.squeeze(0)
     directions = 2 if bidirectional else 1
     scans = split_weights(weights, num_layers * directions)
     sizes = None if batch_sizes is None else batch_sizes.tolist()

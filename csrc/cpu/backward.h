@@ -8,7 +8,7 @@
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
 template <class Cell, class S>
-class BackwardScan {
+class BackwardScan : Scan<BackwardProblem> {
   using A = Accumulate<S>;
   static constexpr int L = kLanes<A>;
   static constexpr int G = Cell::kGates;
@@ -19,19 +19,10 @@ class BackwardScan {
 
  public:
   BackwardScan(const BackwardProblem& problem, const Plan& plan)
-      : p_(problem),
-        plan_(plan),
-        steps_(problem.steps),
-        Hp_(pad_units(problem.H)),
-        Rp_(pad_units(problem.R)),
-        ldg_(G * Hp_ + kSkew),
-        slots_(saved_slots<Cell>(problem)),
-        everyone_(plan.threads),
-        barriers_{Barrier(int(team_of(plan.threads, problem.dirs, 0).size())),
-                  Barrier(int(team_of(plan.threads, problem.dirs, 1).size()))} {}
+      : Scan(problem, plan, saved_slots<Cell>(problem)), ldg_(G * Hp_ + kSkew) {}
 
   void lay_out(Arena& arena) {
-    const int64_t widest = p_.layers > 1 && p_.dirs * p_.R > p_.I ? p_.dirs * p_.R : p_.I;
+    lay_out_teams(arena);
     const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
     const bool weights = p_.d_weights != nullptr;
     // Weights of a storage type that is not computed in are never read in place.
@@ -40,7 +31,7 @@ class BackwardScan {
     for (int64_t d = 0; d < p_.dirs; ++d) {
       Direction& dir = directions_[d];
       dir.packed_ih = arena.take<A>(
-          pack_ih && (p_.layers > 1 || p_.d_input.data) ? G * Hp_ * pad_units(widest) : 0);
+          pack_ih && (p_.layers > 1 || p_.d_input.data) ? G * Hp_ * pad_units(widest_) : 0);
       dir.packed_hh = arena.take<A>(pack_hh ? G * Hp_ * Rp_ : 0);
       dir.packed_hr = arena.take<A>(pack_hh && p_.projected() ? Rp_ * Hp_ : 0);
       dir.h0 = arena.take<A>(steps_.B * Rp_);
@@ -49,19 +40,19 @@ class BackwardScan {
       dir.dc = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
       dir.gates_h = Cell::kSumsGates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
-      dir.x = arena.take<A>(weights ? chunk_rows * (pad_units(widest) + kSkew) : 0);
+      dir.x = arena.take<A>(weights ? chunk_rows * (pad_units(widest_) + kSkew) : 0);
       dir.h = arena.take<A>(weights ? chunk_rows * (Rp_ + kSkew) : 0);
       dir.d_unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.d_projected = arena.take<A>(p_.projected() ? chunk_rows * (Rp_ + kSkew) : 0);
       dir.d_bias_ih = arena.take<A>(weights ? G * Hp_ : 0);
       dir.d_bias_hh = arena.take<A>(weights && !Cell::kSumsGates ? G * Hp_ : 0);
-      dir.d_ih = arena.take<A>(weights && kLowPrecision ? G * p_.H * widest : 0);
+      dir.d_ih = arena.take<A>(weights && kLowPrecision ? G * p_.H * widest_ : 0);
       dir.d_hh = arena.take<A>(weights && kLowPrecision ? G * p_.H * p_.R : 0);
       dir.d_hr = arena.take<A>(weights && kLowPrecision && p_.projected() ? p_.R * p_.H : 0);
       // Directions add up in the gradient of their input: the second one, and where that sum would
       // be rounded twice the first, write to memory of their own.
       dir.d_input =
-          arena.take<A>(p_.dirs == 2 && (d == 1 || kLowPrecision) ? steps_.N * widest : 0);
+          arena.take<A>(p_.dirs == 2 && (d == 1 || kLowPrecision) ? steps_.N * widest_ : 0);
     }
     const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
     between_[0] = arena.take<A>(between);
@@ -70,17 +61,13 @@ class BackwardScan {
 
   void run(int begin, int end) {
     for (int64_t layer = p_.layers - 1; layer >= 0; --layer) {
-      for (int64_t d = 0; d < p_.dirs; ++d) {
-        const Range team = team_of(plan_.threads, p_.dirs, d);
-        const Range mine{begin > team.begin ? begin : team.begin, end < team.end ? end : team.end};
-        if (mine.size() > 0) run_direction(layer, d, team, mine);
-      }
+      for_my_crews(begin, end, [&](const Crew& crew) { run_direction(layer, crew); });
       if (p_.dirs == 2 && needs_input(layer)) {
-        everyone_.wait(end - begin);
+        wait_for_everyone(begin, end);
         for (int id = begin; id < end; ++id)
           add_directions(layer, part_of(steps_.N, 1, id, plan_.threads));
       }
-      if (layer > 0) everyone_.wait(end - begin);
+      if (layer > 0) wait_for_everyone(begin, end);
     }
   }
 
@@ -132,17 +119,12 @@ class BackwardScan {
     return static_cast<const A*>(p_.saved) + (plane * steps_.N + row) * slots_ * Hp_;
   }
 
-  void run_direction(int64_t layer, int64_t d, Range team, Range mine) {
+  void run_direction(int64_t layer, const Crew& crew) {
+    const int64_t d = crew.d;
     const int64_t plane = layer * p_.dirs + d;
     const Task task{layer, d, &directions_[d], p_.weights[plane], p_.input_size(layer), plane};
-    const auto each_member = [&](auto body) {
-      for (int64_t id = mine.begin; id < mine.end; ++id) body(member_of(p_, plan_, team, int(id)));
-    };
-    Barrier& barrier = barriers_[d];
-    const int arrivals = int(mine.size());
-
-    each_member([&](const Member& member) { prepare(task, member); });
-    barrier.wait(arrivals);
+    each_member(crew, [&](const Member& member) { prepare(task, member); });
+    wait_for_team(crew);
     for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
@@ -153,22 +135,22 @@ class BackwardScan {
                         done == 0};
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = d == 0 ? last - i : first + i;
-        each_member([&](const Member& member) { gate_gradients(task, member, chunk, t); });
-        if (plan_.split == Split::kUnits) barrier.wait(arrivals);
+        each_member(crew, [&](const Member& member) { gate_gradients(task, member, chunk, t); });
+        if (plan_.split == Split::kUnits) wait_for_team(crew);
         // Behind the last step lies h0, whose gradient may not be wanted.
         if (p_.d_h0 || done + i + 1 < steps_.T)
-          each_member([&](const Member& member) { state_gradients(task, member, chunk, t); });
+          each_member(crew, [&](const Member& member) { state_gradients(task, member, chunk, t); });
       }
-      each_member([&](const Member& member) { stage(task, member, chunk); });
-      barrier.wait(arrivals);
-      each_member([&](const Member& member) {
+      each_member(crew, [&](const Member& member) { stage(task, member, chunk); });
+      wait_for_team(crew);
+      each_member(crew, [&](const Member& member) {
         if (p_.d_weights) weight_gradients(task, member, chunk);
         if (needs_input(layer)) input_gradients(task, member, chunk);
       });
       // The next chunk overwrites what the products read.
-      barrier.wait(arrivals);
+      wait_for_team(crew);
     }
-    each_member([&](const Member& member) { finish(task, member); });
+    each_member(crew, [&](const Member& member) { finish(task, member); });
   }
 
   void prepare(const Task& task, const Member& member) {
@@ -208,11 +190,6 @@ class BackwardScan {
     }
   }
 
-  int64_t alive_end(const Member& member, int64_t t) const {
-    const int64_t rows = steps_.rows(t);
-    return rows < member.rows.end ? rows : member.rows.end;
-  }
-
   // The saved row of sequence b before step t, or -1 where the sequence starts with t.
   int64_t row_before(const Task& task, int64_t t, int64_t b) const {
     if (task.d == 0) return t > 0 ? steps_.offset(t - 1) + b : -1;
@@ -238,8 +215,8 @@ class BackwardScan {
   // the states before it but for the part that flows through W_hh.
   void gate_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t) {
     Direction& dir = *task.dir;
-    const int64_t end = alive_end(member, t);
-    if (end <= member.rows.begin) return;
+    const int64_t end = member.rows.begin + alive(member, t);
+    if (end == member.rows.begin) return;
     const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
     for (int64_t b = member.rows.begin; b < end; ++b)
       add_output_gradient(task, t, b, member.units.begin, h_end, dir.dh + b * Rp_);
@@ -321,8 +298,8 @@ class BackwardScan {
   // dh += dgates W_hh for this member's units.
   void state_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t) {
     Direction& dir = *task.dir;
-    const int64_t rows = alive_end(member, t) - member.rows.begin;
-    if (rows <= 0) return;
+    const int64_t rows = alive(member, t);
+    if (rows == 0) return;
     const A* gates = dir.gates_h + (steps_.offset(t) - chunk.row + member.rows.begin) * ldg_;
     A* dh = dir.dh + member.rows.begin * Rp_;
     const Range columns = p_.projected() ? Range{0, Rp_} : member.units;
@@ -530,15 +507,7 @@ class BackwardScan {
     }
   }
 
-  const BackwardProblem& p_;
-  const Plan plan_;
-  const Steps& steps_;
-  const int64_t Hp_;
-  const int64_t Rp_;
-  const int64_t ldg_;
-  const int64_t slots_;
-  Barrier everyone_;
-  Barrier barriers_[2];
+  const int64_t ldg_;  // of the gate gradients
   Direction directions_[2];
   A* between_[2];  // [N, D*R]: gradient of a layer's output
 };

@@ -7,7 +7,7 @@
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
 template <class Cell, class S>
-class ForwardScan {
+class ForwardScan : Scan<ForwardProblem> {
   using A = Accumulate<S>;
   static constexpr int L = kLanes<A>;
   static constexpr int G = Cell::kGates;
@@ -15,24 +15,15 @@ class ForwardScan {
 
  public:
   ForwardScan(const ForwardProblem& problem, const Plan& plan)
-      : p_(problem),
-        plan_(plan),
-        steps_(problem.steps),
-        Hp_(pad_units(problem.H)),
-        Rp_(pad_units(problem.R)),
-        slots_(saved_slots<Cell>(problem)),
-        everyone_(plan.threads),
-        barriers_{Barrier(int(team_of(plan.threads, problem.dirs, 0).size())),
-                  Barrier(int(team_of(plan.threads, problem.dirs, 1).size()))} {}
+      : Scan(problem, plan, saved_slots<Cell>(problem)) {}
 
   void lay_out(Arena& arena) {
-    const int64_t widest = p_.layers > 1 && p_.dirs * p_.R > p_.I ? p_.dirs * p_.R : p_.I;
+    lay_out_teams(arena);
     const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
-    const int64_t stagers =
-        plan_.split == Split::kUnits ? team_of(plan_.threads, p_.dirs, 0).size() : 1;
+    const int64_t stagers = plan_.split == Split::kUnits ? team(0).size() : 1;
     for (int64_t d = 0; d < p_.dirs; ++d) {
       Direction& dir = directions_[d];
-      dir.packed_ih = arena.take<A>(plan_.pack_ih ? G * Hp_ * widest : 0);
+      dir.packed_ih = arena.take<A>(plan_.pack_ih ? G * Hp_ * widest_ : 0);
       dir.packed_hh = arena.take<A>(plan_.pack_hh ? G * Hp_ * p_.R : 0);
       dir.packed_hr = arena.take<A>(plan_.pack_hh && p_.projected() ? Rp_ * p_.H : 0);
       dir.bias_ih = arena.take<A>(G * Hp_);
@@ -42,9 +33,8 @@ class ForwardScan {
       dir.c = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.gates_x = arena.take<A>(chunk_rows * G * Hp_);
-      dir.staged = arena.take<A>(stagers * chunk_rows * widest);
-      dir.chunk_offsets =
-          arena.take<int64_t>(team_of(plan_.threads, p_.dirs, d).size() * (plan_.chunk_steps + 1));
+      dir.staged = arena.take<A>(stagers * chunk_rows * widest_);
+      dir.chunk_offsets = arena.take<int64_t>(team(d).size() * (plan_.chunk_steps + 1));
     }
     const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
     between_[0] = arena.take<S>(between);
@@ -53,13 +43,9 @@ class ForwardScan {
 
   void run(int begin, int end) {
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
-      for (int64_t d = 0; d < p_.dirs; ++d) {
-        const Range team = team_of(plan_.threads, p_.dirs, d);
-        const Range mine{begin > team.begin ? begin : team.begin, end < team.end ? end : team.end};
-        if (mine.size() > 0) run_direction(layer, d, team, mine);
-      }
+      for_my_crews(begin, end, [&](const Crew& crew) { run_direction(layer, crew); });
       // The next layer reads both directions' output, and packs into the memory that this one uses.
-      if (layer + 1 < p_.layers) everyone_.wait(end - begin);
+      if (layer + 1 < p_.layers) wait_for_everyone(begin, end);
     }
   }
 
@@ -95,37 +81,32 @@ class ForwardScan {
     return {between_[layer % 2], steps_.B * features, features};
   }
 
-  void run_direction(int64_t layer, int64_t d, Range team, Range mine) {
-    Task task{layer,
-              d,
-              &directions_[d],
-              p_.weights[layer * p_.dirs + d],
-              p_.input_size(layer),
-              layer == 0 ? p_.input : between(layer - 1),
-              layer + 1 == p_.layers ? p_.output : between(layer)};
-    const auto each_member = [&](auto body) {
-      for (int64_t id = mine.begin; id < mine.end; ++id) body(member_of(p_, plan_, team, int(id)));
-    };
-    Barrier& barrier = barriers_[d];
-    const int arrivals = int(mine.size());
-
-    each_member([&](const Member& member) { prepare(task, member); });
+  void run_direction(int64_t layer, const Crew& crew) {
+    const int64_t d = crew.d;
+    const Task task{layer,
+                    d,
+                    &directions_[d],
+                    p_.weights[layer * p_.dirs + d],
+                    p_.input_size(layer),
+                    layer == 0 ? p_.input : between(layer - 1),
+                    layer + 1 == p_.layers ? p_.output : between(layer)};
+    each_member(crew, [&](const Member& member) { prepare(task, member); });
     // Members of a row split share the packed weights. Members of a unit split pack their own, but
     // read all of h.
-    barrier.wait(arrivals);
+    wait_for_team(crew);
     for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = d == 0 ? done : steps_.T - done - count;
-      each_member([&](const Member& member) { input_product(task, member, first, count); });
+      each_member(crew, [&](const Member& member) { input_product(task, member, first, count); });
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = d == 0 ? first + i : first + count - 1 - i;
         each_member(
-            [&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
-        if (plan_.split == Split::kUnits) barrier.wait(arrivals);
+            crew, [&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
+        if (plan_.split == Split::kUnits) wait_for_team(crew);
       }
     }
-    each_member([&](const Member& member) { finish(task, member); });
+    each_member(crew, [&](const Member& member) { finish(task, member); });
   }
 
   void prepare(const Task& task, const Member& member) {
@@ -167,13 +148,6 @@ class ForwardScan {
       if constexpr (Cell::kStates > 1)
         copy_row(c0 ? c0 + (state + b) * p_.H : nullptr, p_.H, Hp_, dir.c + b * Hp_);
     }
-  }
-
-  // A member's sequences that are alive at step t.
-  int64_t alive(const Member& member, int64_t t) const {
-    const int64_t rows = steps_.rows(t);
-    const int64_t end = rows < member.rows.end ? rows : member.rows.end;
-    return end > member.rows.begin ? end - member.rows.begin : 0;
   }
 
   A* gates_x(const Task& task, const Member& member) const {
@@ -394,14 +368,6 @@ class ForwardScan {
     }
   }
 
-  const ForwardProblem& p_;
-  const Plan plan_;
-  const Steps& steps_;
-  const int64_t Hp_;
-  const int64_t Rp_;
-  const int64_t slots_;
-  Barrier everyone_;
-  Barrier barriers_[2];
   Direction directions_[2];
   S* between_[2];  // [N, D*R]: output of a layer, input of the next
 };

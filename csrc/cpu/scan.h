@@ -40,13 +40,87 @@ struct Member {
   Range units;  // in padded units
 };
 
-inline Member member_of(const Stack& s, const Plan& plan, Range team, int id) {
-  Member member{int(id - team.begin), int(team.size()), {0, s.steps.B}, {0, pad_units(s.H)}};
-  if (plan.split == Split::kRows) member.rows = rows_of(s.steps, member.index, member.size);
-  if (plan.split == Split::kUnits)
-    member.units = part_of(pad_units(s.H), kUnitPad, member.index, member.size);
-  return member;
-}
+// What forward and backward share: sizes, and threads in teams, one team per direction. Problem is
+// ForwardProblem or BackwardProblem.
+template <class Problem>
+class Scan {
+ protected:
+  Scan(const Problem& problem, const Plan& plan, int64_t slots)
+      : p_(problem),
+        plan_(plan),
+        steps_(problem.steps),
+        Hp_(pad_units(problem.H)),
+        Rp_(pad_units(problem.R)),
+        slots_(slots),
+        widest_(problem.layers > 1 && problem.dirs * problem.R > problem.I
+                    ? problem.dirs * problem.R
+                    : problem.I),
+        everyone_(plan.threads),
+        barriers_{Barrier(int(team(0).size())), Barrier(int(team(1).size()))} {}
+
+  void lay_out_teams(Arena& arena) {
+    for (int64_t d = 0; d < p_.dirs; ++d) {
+      const Range ids = team(d);
+      members_[d] = arena.take<Member>(ids.size());
+      if (!members_[d]) continue;
+      for (int index = 0; index < ids.size(); ++index) {
+        Member& member = members_[d][index];
+        member = {index, int(ids.size()), {0, steps_.B}, {0, Hp_}};
+        if (plan_.split == Split::kRows) member.rows = rows_of(steps_, index, member.size);
+        if (plan_.split == Split::kUnits) member.units = part_of(Hp_, kUnitPad, index, member.size);
+      }
+    }
+  }
+
+  Range team(int64_t d) const { return team_of(plan_.threads, p_.dirs, d); }
+
+  // The members of one team that one thread stands for.
+  struct Crew {
+    int64_t d;
+    Range members;
+  };
+
+  // Calls body(crew) for each direction in whose team the thread with ids [begin, end) has members.
+  // All threads go through the directions in the same order, so none waits for one that waits for
+  // it.
+  template <class Body>
+  void for_my_crews(int begin, int end, Body body) {
+    for (int64_t d = 0; d < p_.dirs; ++d) {
+      const Range ids = team(d);
+      const int64_t first = begin > ids.begin ? begin : ids.begin;
+      const int64_t last = end < ids.end ? end : ids.end;
+      if (first < last) body(Crew{d, {first - ids.begin, last - ids.begin}});
+    }
+  }
+
+  template <class Body>
+  void each_member(const Crew& crew, Body body) {
+    for (int64_t i = crew.members.begin; i < crew.members.end; ++i) body(members_[crew.d][i]);
+  }
+
+  void wait_for_team(const Crew& crew) { barriers_[crew.d].wait(int(crew.members.size())); }
+  void wait_for_everyone(int begin, int end) { everyone_.wait(end - begin); }
+
+  // How many of a member's sequences are alive at step t.
+  int64_t alive(const Member& member, int64_t t) const {
+    const int64_t rows = steps_.rows(t);
+    const int64_t end = rows < member.rows.end ? rows : member.rows.end;
+    return end > member.rows.begin ? end - member.rows.begin : 0;
+  }
+
+  const Problem& p_;
+  const Plan plan_;
+  const Steps& steps_;
+  const int64_t Hp_;
+  const int64_t Rp_;
+  const int64_t slots_;   // of saved
+  const int64_t widest_;  // features that a layer takes
+
+ private:
+  Barrier everyone_;
+  Barrier barriers_[2];
+  Member* members_[2];  // of each team
+};
 
 template <class S>
 FUSED_RNN_INLINE S* row_of(const Sequence& sequence, const Steps& steps, int64_t t, int64_t b) {
