@@ -1,6 +1,6 @@
 // The register tile: M rows x NV vectors of a matrix product held in registers over the whole of K.
-// Every product of this backend runs through it, so the order of each sum is the order of K,
-// whatever the tile, the split among threads or the batch: results do not depend on them.
+// All products with packed weights run through it, so the order of each sum is the order of K,
+// whatever the tile and the split among threads: results do not depend on the number of threads.
 #pragma once
 
 #include "simd.h"
