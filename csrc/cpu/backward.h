@@ -289,7 +289,7 @@ class BackwardScan : Scan<BackwardProblem> {
         return times_rows<A>(rows, gates, units, padded, N, a, lda, static_cast<const A*>(w),
                              column, vectors, add, ld_add, out, ldo);
     const int64_t K = gates * padded;
-    for_row_tiles<A, Left::kRows>(rows, vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
+    for_row_tiles<A, Left::kRows, Right::kPanel>(rows, vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
       tile(K, a + m * lda, lda, packed + column * K, vectors * L, add ? add + m * ld_add : nullptr,
            ld_add, out + m * ldo, ldo);
     });
@@ -371,7 +371,7 @@ class BackwardScan : Scan<BackwardProblem> {
     for_panels<A, 1>(0, pad_units(N), [&](int64_t column, int vectors) {
       const bool whole = column + vectors * L <= N;
       for (int64_t g = 0; g < gates; ++g)
-        for_row_tiles<A, Left::kColumns>(
+        for_row_tiles<A, Left::kColumns, Right::kRows>(
             rows, vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
               const A* a = left + g * pad_units(units) + range.begin + m;
               A* c = out + (g * units + range.begin + m) * N + column;

@@ -206,7 +206,7 @@ class ForwardScan : Scan<ForwardProblem> {
                int64_t ldo) const {
     if (!packed) return dot<S, gates>(rows, K, x, ldx, w, units, unit, vectors, bias, out, ldo);
     const int64_t width = int64_t(gates) * vectors * L;
-    for_row_tiles<A, Left::kRows>(
+    for_row_tiles<A, Left::kRows, Right::kPanel>(
         rows, gates * vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
           tile(K, x + m * ldx, ldx, packed + unit * gates * K, width, bias, 0, out + m * ldo, ldo);
         });
@@ -254,7 +254,7 @@ class ForwardScan : Scan<ForwardProblem> {
       const int64_t width = int64_t(G) * vectors * L;
       const A* bias = dir.bias_hh + unit * G;
       if (dir.packed_hh) {
-        for_row_tiles<A, Left::kRows>(
+        for_row_tiles<A, Left::kRows, Right::kPanel>(
             rows, G * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
               tile(p_.R, at.h + m * Rp_, Rp_, dir.packed_hh + unit * G * p_.R, width, bias, 0,
                    gates_h, width);

@@ -1,8 +1,8 @@
 // Weights for the tile: repacked where enough rows will use them, read as they are where not.
 //
-// A panel is up to kMaxVectors vectors side by side. Panels follow one another, so the panel that
-// starts at column c of a matrix with K rows stands at offset c * K. Columns beyond the matrix are
-// zero.
+// A panel is up to kMaxVectors vectors, in strips (Right::kPanel). Panels follow one another, so the
+// panel that starts at column c of a matrix with K rows stands at offset c * K. Columns beyond the
+// matrix are zero.
 #pragma once
 
 #include "tile.h"
@@ -22,13 +22,25 @@ FUSED_RNN_INLINE void for_panels(int64_t begin, int64_t end, Body body) {
     body(unit, int((end - unit < width ? end - unit : width) / kLanes<A>));
 }
 
+// Vector `v` of a packed panel: where its first row stands, and how far the next.
+template <class A>
+struct PanelVector {
+  A* data;
+  int64_t stride;
+  PanelVector(A* panel, int64_t K, int vectors, int v) {
+    const int strip = v / kStrip * kStrip;
+    const int width = vectors - strip < kStrip ? vectors - strip : kStrip;
+    data = panel + (strip * K + v - strip) * kLanes<A>;
+    stride = width * kLanes<A>;
+  }
+};
+
 // W[G*H, K], to be used as x W^T: dst[k, g, v, lane] = W[g*H + unit + v*L + lane, k].
 template <class S, int G>
 void pack_transposed(const S* w, int64_t H, int64_t K, int64_t unit, int vectors,
                      Accumulate<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  const int64_t ld = int64_t(G) * vectors * L;
   for (int64_t k = 0; k < K; k += L)
     for (int g = 0; g < G; ++g)
       for (int v = 0; v < vectors; ++v) {
@@ -39,10 +51,10 @@ void pack_transposed(const S* w, int64_t H, int64_t K, int64_t unit, int vectors
           rows[lane] = u < H ? load_partial(w + (g * H + u) * K + k, K - k) : Vector<A>{};
         }
         transpose<A>(rows);
-        A* out = dst + k * ld + (g * vectors + v) * L;
+        const PanelVector<A> out(dst, K, G * vectors, g * vectors + v);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
-          if (k + i < K) store(out + i * ld, rows[i]);
+          if (k + i < K) store(out.data + (k + i) * out.stride, rows[i]);
       }
 }
 
@@ -57,8 +69,9 @@ void pack_rows(const S* w, int64_t G, int64_t H, int64_t Hp, int64_t N, int64_t 
     for (int64_t j = 0; j < Hp; ++j)
       for (int v = 0; v < vectors; ++v) {
         const int64_t n = column + v * L;
-        store(dst, j < H ? load_partial(w + (g * H + j) * N + n, N - n) : Vector<A>{});
-        dst += L;
+        const PanelVector<A> out(dst, G * Hp, vectors, v);
+        store(out.data + (g * Hp + j) * out.stride,
+              j < H ? load_partial(w + (g * H + j) * N + n, N - n) : Vector<A>{});
       }
 }
 
@@ -133,7 +146,7 @@ void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A*
     const A* before = g ? out : add;
     const int64_t ld_before = g ? ldo : ld_add;
     if (whole > 0)
-      for_row_tiles<A, Left::kRows>(M, whole, [&](int64_t m, int64_t, TileFunction<A> tile) {
+      for_row_tiles<A, Left::kRows, Right::kRows>(M, whole, [&](int64_t m, int64_t, TileFunction<A> tile) {
         tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr, ld_before,
              out + m * ldo, ldo);
       });
