@@ -14,16 +14,20 @@ class BackwardScan : Scan<BackwardProblem> {
   static constexpr int G = Cell::kGates;
   static constexpr bool kLowPrecision = sizeof(S) != sizeof(A);
   static constexpr int64_t kPanel = kMaxVectors * L;
+  // Rows of one outer product: so many lines of both its operands stay in L1.
+  static constexpr int64_t kSlab = 256;
   // Rows read with a stride that is a power of two fall on few cache sets; one more line avoids it.
   static constexpr int64_t kSkew = 64 / sizeof(A);
 
  public:
   BackwardScan(const BackwardProblem& problem, const Plan& plan)
-      : Scan(problem, plan, saved_slots<Cell>(problem)), ldg_(G * Hp_ + kSkew) {}
+      : Scan(problem, plan, saved_slots<Cell>(problem)),
+        block_rows_(largest_part(problem.steps, plan.blocks)),
+        ldg_(G * Hp_ + kSkew) {}
 
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
-    const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
+    const int64_t chunk_rows = block_rows_ * plan_.chunk_steps;
     const bool weights = p_.d_weights != nullptr;
     // Weights of a storage type that is not computed in are never read in place.
     const bool pack_ih = plan_.pack_ih || kLowPrecision;
@@ -40,8 +44,9 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.dc = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
       dir.gates_h = Cell::kSumsGates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
-      dir.x = arena.take<A>(weights ? chunk_rows * (pad_units(widest_) + kSkew) : 0);
-      dir.h = arena.take<A>(weights ? chunk_rows * (Rp_ + kSkew) : 0);
+      dir.x = arena.take<A>(weights ? chunk_rows * pad_units(widest_) : 0);
+      dir.h = arena.take<A>(weights ? chunk_rows * Rp_ : 0);
+      dir.unprojected = arena.take<A>(weights && p_.projected() ? chunk_rows * Hp_ : 0);
       dir.d_unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.d_projected = arena.take<A>(p_.projected() ? chunk_rows * (Rp_ + kSkew) : 0);
       dir.d_bias_ih = arena.take<A>(weights ? G * Hp_ : 0);
@@ -49,6 +54,7 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.d_ih = arena.take<A>(weights && kLowPrecision ? G * p_.H * widest_ : 0);
       dir.d_hh = arena.take<A>(weights && kLowPrecision ? G * p_.H * p_.R : 0);
       dir.d_hr = arena.take<A>(weights && kLowPrecision && p_.projected() ? p_.R * p_.H : 0);
+      dir.chunk_offsets = arena.take<int64_t>(team(d).size() * (plan_.chunk_steps + 1));
       // Directions add up in the gradient of their input: the second one, and where that sum would
       // be rounded twice the first, write to memory of their own.
       dir.d_input =
@@ -83,8 +89,9 @@ class BackwardScan : Scan<BackwardProblem> {
     A* gates_x;        // [chunk rows, ldg]: gradient of W_ih x + b_ih, gates of Hp units one after
                        // another
     A* gates_h;        // the same of W_hh h + b_hh
-    A* x;              // [chunk rows, I + skew]
-    A* h;              // [chunk rows, R + skew]: h before each step
+    A* x;              // panels of [chunk rows, I]
+    A* h;              // panels of [chunk rows, R]: h before each step
+    A* unprojected;    // panels of [chunk rows, H]: what the projection was applied to
     A* d_unprojected;  // [B, Hp]
     A* d_projected;    // [chunk rows, R + skew]
     A* d_bias_ih;      // [G*Hp]
@@ -92,7 +99,8 @@ class BackwardScan : Scan<BackwardProblem> {
     A* d_ih;  // weight gradients before they are rounded to S
     A* d_hh;
     A* d_hr;
-    A* d_input;  // [N, I]
+    A* d_input;              // [N, I]
+    int64_t* chunk_offsets;  // [members, chunk_steps + 1]: rows of the chunk before each step
   };
 
   struct Task {
@@ -104,13 +112,18 @@ class BackwardScan : Scan<BackwardProblem> {
     int64_t plane;  // layer and direction
   };
 
-  // The steps [first, first + count) whose gate gradients are in memory together.
+  // The steps [first, first + count) of a block of sequences, whose gate gradients are in memory
+  // together.
   struct Chunk {
     int64_t first;
     int64_t count;
-    int64_t row;  // of the first step
-    int64_t rows;
-    bool is_first;  // of the sequence, as backward walks it
+    int64_t begin;           // the first sequence
+    const int64_t* offsets;  // [count + 1]: rows before each step
+    bool is_first;           // of the sequence, as backward walks it, and of the blocks
+
+    int64_t rows() const { return offsets[count]; }
+    int64_t row(int64_t t, int64_t b) const { return offsets[t - first] + b - begin; }
+    int64_t rows_at(int64_t t) const { return offsets[t - first + 1] - offsets[t - first]; }
   };
 
   bool needs_input(int64_t layer) const { return layer > 0 || p_.d_input.data; }
@@ -124,17 +137,24 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t plane = layer * p_.dirs + d;
     const Task task{layer, d, &directions_[d], p_.weights[plane], p_.input_size(layer), plane};
     each_member(crew, [&](const Member& member) { prepare(task, member); });
-    wait_for_team(crew);
+    for (int block = 0; block < plan_.blocks; ++block) run_block(task, {d, crew.members, block});
+    each_member(crew, [&](const Member& member) { finish_weights(task, member); });
+  }
+
+  void run_block(const Task& task, const Crew& crew) {
+    each_member(crew, [&](const Member& member) { start(task, member); });
+    if (crew.block == 0 || plan_.split == Split::kUnits) wait_for_team(crew);
+    const Range rows = rows_of_block(crew);
     for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
-      const int64_t first = d == 0 ? steps_.T - done - count : done;
-      const int64_t last = first + count - 1;
-      const int64_t row = steps_.offset(first);
-      const Chunk chunk{first, count, row, steps_.offset(last) + steps_.rows(last) - row,
-                        done == 0};
+      const int64_t first = task.d == 0 ? steps_.T - done - count : done;
+      int64_t* offsets = task.dir->chunk_offsets + crew.members.begin * (plan_.chunk_steps + 1);
+      offsets[0] = 0;
+      for (int64_t i = 0; i < count; ++i) offsets[i + 1] = offsets[i] + alive(rows, first + i);
+      const Chunk chunk{first, count, rows.begin, offsets, done == 0 && crew.block == 0};
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t t = d == 0 ? last - i : first + i;
+        const int64_t t = task.d == 0 ? first + count - 1 - i : first + i;
         each_member(crew, [&](const Member& member) { gate_gradients(task, member, chunk, t); });
         if (plan_.split == Split::kUnits) wait_for_team(crew);
         // Behind the last step lies h0, whose gradient may not be wanted.
@@ -145,7 +165,7 @@ class BackwardScan : Scan<BackwardProblem> {
       wait_for_team(crew);
       each_member(crew, [&](const Member& member) {
         if (p_.d_weights) weight_gradients(task, member, chunk);
-        if (needs_input(layer)) input_gradients(task, member, chunk);
+        if (needs_input(task.layer)) input_gradients(task, member, chunk);
       });
       // The next chunk overwrites what the products read.
       wait_for_team(crew);
@@ -172,14 +192,16 @@ class BackwardScan : Scan<BackwardProblem> {
     if (needs_input(task.layer))
       pack(w.ih, G, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
     pack(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
+  }
 
+  // The gradients of the states after the last step.
+  void start(const Task& task, const Member& member) {
+    Direction& dir = *task.dir;
     const int64_t state = task.plane * steps_.B;
     const auto row = [&](const void* tensor, int64_t b, int64_t n) {
       return tensor ? static_cast<const S*>(tensor) + (state + b) * n : nullptr;
     };
-    const Range rows = plan_.split == Split::kUnits
-                           ? part_of(steps_.B, 1, member.index, member.size)
-                           : member.rows;
+    const Range rows = rows_to_start(member);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       copy_row(row(p_.h0, b, p_.R), p_.R, Rp_, dir.h0 + b * Rp_);
       copy_row(row(p_.d_h_n, b, p_.R), p_.R, Rp_, dir.dh + b * Rp_);
@@ -222,14 +244,13 @@ class BackwardScan : Scan<BackwardProblem> {
       add_output_gradient(task, t, b, member.units.begin, h_end, dir.dh + b * Rp_);
     if (p_.projected()) unproject(task, member.rows.begin, end, chunk, t);
 
-    const int64_t first_row = steps_.offset(t) - chunk.row;
     for (int64_t b = member.rows.begin; b < end; ++b) {
       const int64_t before = row_before(task, t, b);
       const A* prev = before >= 0 ? saved_row(task.plane, before) : nullptr;
       const A* h_before = prev ? prev : dir.h0 + b * Rp_;
       const A* c_before = prev ? prev + Hp_ : Cell::kStates > 1 ? dir.c0 + b * Hp_ : nullptr;
       apply_cell(dir, member.units, saved_row(task.plane, steps_.offset(t) + b), h_before, c_before,
-                 b, first_row + b);
+                 b, chunk.row(t, b));
     }
   }
 
@@ -272,9 +293,8 @@ class BackwardScan : Scan<BackwardProblem> {
       times(end - begin, 1, p_.R, p_.H, dir.dh + begin * Rp_, Rp_, task.weights.hr, dir.packed_hr,
             column, vectors, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
     });
-    const int64_t first_row = steps_.offset(t) - chunk.row;
     for (int64_t b = begin; b < end; ++b) {
-      copy_row<A>(dir.dh + b * Rp_, Rp_, Rp_, dir.d_projected + (first_row + b) * (Rp_ + kSkew));
+      copy_row<A>(dir.dh + b * Rp_, Rp_, Rp_, dir.d_projected + chunk.row(t, b) * (Rp_ + kSkew));
       copy_row<A>(nullptr, 0, Rp_, dir.dh + b * Rp_);
     }
   }
@@ -289,10 +309,11 @@ class BackwardScan : Scan<BackwardProblem> {
         return times_rows<A>(rows, gates, units, padded, N, a, lda, static_cast<const A*>(w),
                              column, vectors, add, ld_add, out, ldo);
     const int64_t K = gates * padded;
-    for_row_tiles<A, Left::kRows, Right::kPanel>(rows, vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
-      tile(K, a + m * lda, lda, packed + column * K, vectors * L, add ? add + m * ld_add : nullptr,
-           ld_add, out + m * ldo, ldo);
-    });
+    for_row_tiles<A, Left::kRows, Right::kPanel>(
+        rows, vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
+          tile(K, a + m * lda, lda, packed + column * K, vectors * L,
+               add ? add + m * ld_add : nullptr, ld_add, out + m * ldo, ldo);
+        });
   }
 
   // dh += dgates W_hh for this member's units.
@@ -300,7 +321,7 @@ class BackwardScan : Scan<BackwardProblem> {
     Direction& dir = *task.dir;
     const int64_t rows = alive(member, t);
     if (rows == 0) return;
-    const A* gates = dir.gates_h + (steps_.offset(t) - chunk.row + member.rows.begin) * ldg_;
+    const A* gates = dir.gates_h + chunk.row(t, member.rows.begin) * ldg_;
     A* dh = dir.dh + member.rows.begin * Rp_;
     const Range columns = p_.projected() ? Range{0, Rp_} : member.units;
     for_panels<A, 1>(columns.begin, columns.end, [&](int64_t column, int vectors) {
@@ -309,30 +330,63 @@ class BackwardScan : Scan<BackwardProblem> {
     });
   }
 
-  // Right operands of the weight gradients: x and the h before each step, as rows of their own.
+  // Right operands of the weight gradients stand in slabs of kSlab rows, and each slab in panels.
+  // Writes row `row` of `rows`: load(column) for every vector of it.
+  template <class Load>
+  static FUSED_RNN_INLINE void stage_row(int64_t columns, int64_t rows, int64_t row, A* slabs,
+                                         Load load) {
+    const int64_t first = row / kSlab * kSlab;
+    const int64_t count = slab_rows(rows, first);
+    A* panels = slabs + first * columns;
+    for_panels<A, 1>(0, columns, [&](int64_t column, int vectors) {
+      for (int v = 0; v < vectors; ++v) {
+        const PanelVector<A> at(panels + column * count, count, vectors, v);
+        store(at.data + (row - first) * at.stride, load(column + v * L));
+      }
+    });
+  }
+
+  static int64_t slab_rows(int64_t rows, int64_t first) {
+    return rows - first < kSlab ? rows - first : kSlab;
+  }
+
+  // Right operands of the weight gradients: x, and the h before each step.
   void stage(const Task& task, const Member& member, const Chunk& chunk) {
     if (!p_.d_weights) return;
     Direction& dir = *task.dir;
-    const int64_t ldx = pad_units(task.I) + kSkew;
+    const int64_t rows = chunk.rows();
     for (int64_t t = chunk.first; t < chunk.first + chunk.count; ++t) {
-      const Range part = part_of(steps_.rows(t), 1, member.index, member.size);
-      for (int64_t b = part.begin; b < part.end; ++b) {
-        const int64_t row = steps_.offset(t) + b;
-        A* x = dir.x + (row - chunk.row) * ldx;
+      const Range part = part_of(chunk.rows_at(t), 1, member.index, member.size);
+      for (int64_t b = chunk.begin + part.begin; b < chunk.begin + part.end; ++b) {
+        const int64_t row = chunk.row(t, b);
         if (task.layer == 0) {
-          copy_row(row_of<const S>(p_.input, steps_, t, b), task.I, pad_units(task.I), x);
+          const S* x = row_of<const S>(p_.input, steps_, t, b);
+          stage_row(pad_units(task.I), rows, row, dir.x,
+                    [&](int64_t i) { return load_partial(x + i, task.I - i); });
         } else {
           // h of the layer below, where saved has it. Its directions meet without a gap.
-          for (int64_t d = 0; d < p_.dirs; ++d) {
-            const A* h = saved_row((task.layer - 1) * p_.dirs + d, row);
-            for (int64_t u = 0; u < p_.R; u += L)
-              store_partial(x + d * p_.R + u, load(h + u), p_.R - u);
-          }
-          for (int64_t u = task.I; u < pad_units(task.I); ++u) x[u] = 0;
+          const A* below = saved_row((task.layer - 1) * p_.dirs, steps_.offset(t) + b);
+          const int64_t next_direction = steps_.N * slots_ * Hp_;
+          stage_row(pad_units(task.I), rows, row, dir.x, [&](int64_t i) {
+            if (i + L <= p_.R) return load(below + i);
+            if (i >= p_.R) return load_partial(below + next_direction + i - p_.R, task.I - i);
+            A both[L];
+            for (int lane = 0; lane < L; ++lane) {
+              const int64_t u = i + lane;
+              both[lane] = u < p_.R     ? below[u]
+                           : u < task.I ? below[next_direction + u - p_.R]
+                                        : A{};
+            }
+            return load(both);
+          });
         }
         const int64_t before = row_before(task, t, b);
-        copy_row(before >= 0 ? saved_row(task.plane, before) : dir.h0 + b * Rp_, p_.R, Rp_,
-                 dir.h + (row - chunk.row) * (Rp_ + kSkew));
+        const A* h = before >= 0 ? saved_row(task.plane, before) : dir.h0 + b * Rp_;
+        stage_row(Rp_, rows, row, dir.h, [&](int64_t i) { return load_partial(h + i, p_.R - i); });
+        if (p_.projected()) {
+          const A* m = saved_row(task.plane, steps_.offset(t) + b) + (slots_ - 1) * Hp_;
+          stage_row(Hp_, rows, row, dir.unprojected, [&](int64_t i) { return load(m + i); });
+        }
       }
     }
   }
@@ -346,14 +400,13 @@ class BackwardScan : Scan<BackwardProblem> {
     Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
-    outer_product(chunk, G, p_.H, units, dir.gates_x, ldg_, dir.x, pad_units(task.I) + kSkew,
-                  task.I, accumulator(grads.ih, dir.d_ih));
-    outer_product(chunk, G, p_.H, units, dir.gates_h, ldg_, dir.h, Rp_ + kSkew, p_.R,
+    outer_product(chunk, G, p_.H, units, dir.gates_x, ldg_, dir.x, task.I,
+                  accumulator(grads.ih, dir.d_ih));
+    outer_product(chunk, G, p_.H, units, dir.gates_h, ldg_, dir.h, p_.R,
                   accumulator(grads.hh, dir.d_hh));
     if (p_.projected())
       outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
-                    dir.d_projected, Rp_ + kSkew,
-                    saved_row(task.plane, chunk.row) + (slots_ - 1) * Hp_, slots_ * Hp_, p_.H,
+                    dir.d_projected, Rp_ + kSkew, dir.unprojected, p_.H,
                     accumulator(grads.hr, dir.d_hr));
     if (grads.bias_ih) {
       sum_rows(chunk, units, dir.gates_x, dir.d_bias_ih);
@@ -363,29 +416,50 @@ class BackwardScan : Scan<BackwardProblem> {
 
   // out[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`.
   static void outer_product(const Chunk& chunk, int64_t gates, int64_t units, Range range,
-                            const A* left, int64_t ld_left, const A* right, int64_t ld_right,
-                            int64_t N, A* out) {
-    const int64_t rows = (range.end < units ? range.end : units) - range.begin;
-    if (rows <= 0) return;
+                            const A* left, int64_t ld_left, const A* right, int64_t N, A* out) {
+    const int64_t height = (range.end < units ? range.end : units) - range.begin;
+    if (height <= 0) return;
+    // Every panel must take the tiles of the widest.
+    static_assert(max_rows(3) >= max_rows(4) || kUnitPad / L % 2 == 0);
+    // A tile takes a few columns of `left`, whose rows are far apart: copied, they are one stream
+    // for all panels. Whole vectors are copied, and the next row overwrites what was too much.
+    alignas(64) A columns[kSlab * kMaxRows + kMaxRows + L];
+    for (int64_t slab = 0; slab < chunk.rows(); slab += kSlab) {
+      const int64_t count = slab_rows(chunk.rows(), slab);
+      const A* panels = right + slab * pad_units(N);
+      const bool overwrite = chunk.is_first && slab == 0;
+      for (int64_t g = 0; g < gates; ++g)
+        for_row_tiles<A, Left::kColumns, Right::kPanel>(
+            height, kMaxVectors, [&](int64_t m, int64_t tile_height, TileFunction<A>) {
+              const A* from = left + slab * ld_left + g * pad_units(units) + range.begin + m;
+              for (int64_t k = 0; k < count; ++k)
+                for (int64_t i = 0; i < tile_height; i += L)
+                  store(columns + k * tile_height + i, load(from + k * ld_left + i));
+              accumulate(tile_height, count, columns, panels, N, overwrite,
+                         out + (g * units + range.begin + m) * N);
+            });
+    }
+  }
+
+  // c[m, i] (+)= sum over k of columns[k, m] * right[k, i].
+  static void accumulate(int64_t height, int64_t K, const A* columns, const A* right, int64_t N,
+                         bool overwrite, A* c) {
     alignas(64) A edge[kMaxRows * kPanel];
     for_panels<A, 1>(0, pad_units(N), [&](int64_t column, int vectors) {
-      const bool whole = column + vectors * L <= N;
-      for (int64_t g = 0; g < gates; ++g)
-        for_row_tiles<A, Left::kColumns, Right::kRows>(
-            rows, vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
-              const A* a = left + g * pad_units(units) + range.begin + m;
-              A* c = out + (g * units + range.begin + m) * N + column;
-              const A* add = chunk.is_first ? nullptr : c;
-              if (whole)
-                return tile(chunk.rows, a, ld_left, right + column, ld_right, add, N, c, N);
-              tile(chunk.rows, a, ld_left, right + column, ld_right, nullptr, 0, edge, kPanel);
-              for (int64_t i = 0; i < height; ++i)
-                for (int64_t n = column; n < N; n += L) {
-                  Vector<A> sum = load(edge + i * kPanel + n - column);
-                  if (add) sum += load_partial(add + i * N + n - column, N - n);
-                  store_partial(c + i * N + n - column, sum, N - n);
-                }
-            });
+      const TileFunction<A> tile =
+          kTiles<A, Left::kColumns, Right::kPanel>.at[vectors - 1][height - 1];
+      const A* panel = right + column * K;
+      A* to = c + column;
+      if (column + vectors * L <= N)
+        return tile(K, columns, height, panel, 0, overwrite ? nullptr : to, N, to, N);
+      tile(K, columns, height, panel, 0, nullptr, 0, edge, kPanel);
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t n = 0; n < N - column; n += L) {
+          const int64_t valid = N - column - n;
+          Vector<A> sum = load(edge + i * kPanel + n);
+          if (!overwrite) sum += load_partial(to + i * N + n, valid);
+          store_partial(to + i * N + n, sum, valid);
+        }
     });
   }
 
@@ -397,8 +471,8 @@ class BackwardScan : Scan<BackwardProblem> {
     for (int g = 0; g < G; ++g)
       for (int64_t u = units.begin; u < units.end; u += L) {
         Vector<A> sum{};
-        for (int64_t first = 0; first < chunk.rows; first += kBlock) {
-          const int64_t end = first + kBlock < chunk.rows ? first + kBlock : chunk.rows;
+        for (int64_t first = 0; first < chunk.rows(); first += kBlock) {
+          const int64_t end = first + kBlock < chunk.rows() ? first + kBlock : chunk.rows();
           Vector<A> block{};
           for (int64_t row = first; row < end; ++row)
             block += load(gates + row * ldg_ + g * Hp_ + u);
@@ -418,7 +492,7 @@ class BackwardScan : Scan<BackwardProblem> {
 
   void input_gradients(const Task& task, const Member& member, const Chunk& chunk) {
     Direction& dir = *task.dir;
-    const Range part = part_of(chunk.rows, 1, member.index, member.size);
+    const Range part = part_of(chunk.rows(), 1, member.index, member.size);
     A* own = own_input_gradient(task);
     alignas(64) A tile_out[kMaxRows * kPanel];
     for_panels<A, 1>(0, pad_units(task.I), [&](int64_t column, int vectors) {
@@ -428,15 +502,15 @@ class BackwardScan : Scan<BackwardProblem> {
         times(height, G, p_.H, task.I, dir.gates_x + row * ldg_, ldg_, task.weights.ih,
               dir.packed_ih, column, vectors, nullptr, 0, tile_out, kPanel);
         for (int64_t i = 0; i < height; ++i) {
-          const int64_t global = chunk.row + row + i;
+          while (row + i >= chunk.offsets[t + 1 - chunk.first]) ++t;
+          const int64_t b = row + i - chunk.row(t, 0);
           const A* from = tile_out + i * kPanel - column;
-          if (own) {
-            store_row<A>(from, column, column + vectors * L, task.I, own + global * task.I);
-          } else {
-            while (global >= steps_.offset(t) + steps_.rows(t)) ++t;
+          if (own)
+            store_row<A>(from, column, column + vectors * L, task.I,
+                         own + (steps_.offset(t) + b) * task.I);
+          else
             store_row<S>(from, column, column + vectors * L, task.I,
-                         row_of<S>(p_.d_input, steps_, t, global - steps_.offset(t)));
-          }
+                         row_of<S>(p_.d_input, steps_, t, b));
         }
       }
     });
@@ -478,7 +552,11 @@ class BackwardScan : Scan<BackwardProblem> {
           store_row(dir.dc + b * Hp_, member.units.begin, member.units.end, p_.H,
                     static_cast<S*>(p_.d_c0) + (state + b) * p_.H);
     }
+  }
+
+  void finish_weights(const Task& task, const Member& member) {
     if (!p_.d_weights) return;
+    const Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
     if (grads.bias_ih)
@@ -507,7 +585,8 @@ class BackwardScan : Scan<BackwardProblem> {
     }
   }
 
-  const int64_t ldg_;  // of the gate gradients
+  const int64_t block_rows_;  // sequences of a block, at most
+  const int64_t ldg_;         // of the gate gradients
   Direction directions_[2];
   A* between_[2];  // [N, D*R]: gradient of a layer's output
 };

@@ -19,8 +19,7 @@ class ForwardScan : Scan<ForwardProblem> {
 
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
-    const int64_t chunk_rows = steps_.B * plan_.chunk_steps;
-    const int64_t stagers = plan_.split == Split::kUnits ? team(0).size() : 1;
+    const int64_t chunk_rows = part_rows_ * plan_.chunk_steps;
     for (int64_t d = 0; d < p_.dirs; ++d) {
       Direction& dir = directions_[d];
       dir.packed_ih = arena.take<A>(plan_.pack_ih ? G * Hp_ * widest_ : 0);
@@ -32,9 +31,12 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.h[1] = arena.take<A>(steps_.B * Rp_);
       dir.c = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
-      dir.gates_x = arena.take<A>(chunk_rows * G * Hp_);
-      dir.staged = arena.take<A>(stagers * chunk_rows * widest_);
-      dir.chunk_offsets = arena.take<int64_t>(team(d).size() * (plan_.chunk_steps + 1));
+      // Members of a unit split share the rows, and each writes its own gates of them.
+      const int64_t members = team(d).size();
+      gates_stride_ = plan_.split == Split::kUnits ? 0 : chunk_rows * G * Hp_;
+      dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G * Hp_);
+      dir.staged = arena.take<A>(members * chunk_rows * widest_);
+      dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
     }
     const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
     between_[0] = arena.take<S>(between);
@@ -59,8 +61,8 @@ class ForwardScan : Scan<ForwardProblem> {
     A* h[2];                 // [B, Rp]: read at one step, written at the next
     A* c;                    // [B, Hp]
     A* unprojected;          // [B, Hp]
-    A* gates_x;              // [chunk rows, G*Hp] in panel order
-    A* staged;               // [chunk rows, I]
+    A* gates_x;              // [members, chunk rows, G*Hp] in panel order
+    A* staged;               // [members, chunk rows, I]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
                              // of its steps
   };
@@ -91,16 +93,21 @@ class ForwardScan : Scan<ForwardProblem> {
                     layer == 0 ? p_.input : between(layer - 1),
                     layer + 1 == p_.layers ? p_.output : between(layer)};
     each_member(crew, [&](const Member& member) { prepare(task, member); });
+    for (int block = 0; block < plan_.blocks; ++block) run_block(task, {d, crew.members, block});
+  }
+
+  void run_block(const Task& task, const Crew& crew) {
+    each_member(crew, [&](const Member& member) { start(task, member); });
     // Members of a row split share the packed weights. Members of a unit split pack their own, but
     // read all of h.
-    wait_for_team(crew);
+    if (crew.block == 0 || plan_.split == Split::kUnits) wait_for_team(crew);
     for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
-      const int64_t first = d == 0 ? done : steps_.T - done - count;
+      const int64_t first = task.d == 0 ? done : steps_.T - done - count;
       each_member(crew, [&](const Member& member) { input_product(task, member, first, count); });
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t t = d == 0 ? first + i : first + count - 1 - i;
+        const int64_t t = task.d == 0 ? first + i : first + count - 1 - i;
         each_member(
             crew, [&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
         if (plan_.split == Split::kUnits) wait_for_team(crew);
@@ -134,15 +141,16 @@ class ForwardScan : Scan<ForwardProblem> {
         pack_transposed<S, 1>(static_cast<const S*>(w.hr), p_.R, p_.H, unit, vectors,
                               dir.packed_hr + unit * p_.H);
       });
+  }
 
-    // Both buffers of h start from h0: in a ragged batch the reverse direction meets new sequences
-    // at any step.
+  // The states before the first step. Both buffers of h start from h0: in a ragged batch the
+  // reverse direction meets new sequences at any step.
+  void start(const Task& task, const Member& member) {
+    const Direction& dir = *task.dir;
     const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B;
     const S* h0 = static_cast<const S*>(p_.h0);
     const S* c0 = static_cast<const S*>(p_.c0);
-    const Range rows = plan_.split == Split::kUnits
-                           ? part_of(steps_.B, 1, member.index, member.size)
-                           : member.rows;
+    const Range rows = rows_to_start(member);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       for (A* h : dir.h) copy_row(h0 ? h0 + (state + b) * p_.R : nullptr, p_.R, Rp_, h + b * Rp_);
       if constexpr (Cell::kStates > 1)
@@ -151,7 +159,7 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   A* gates_x(const Task& task, const Member& member) const {
-    return task.dir->gates_x + member.rows.begin * plan_.chunk_steps * G * Hp_;
+    return task.dir->gates_x + member.index * gates_stride_;
   }
 
   // gates_x[row, :] = W_ih x[row] + b_ih for this member's rows of steps [first, first + count).
@@ -177,9 +185,7 @@ class ForwardScan : Scan<ForwardProblem> {
       }
     }
     if (!x) {
-      const int64_t place =
-          plan_.split == Split::kUnits ? member.index * steps_.B : member.rows.begin;
-      A* staged = dir.staged + place * plan_.chunk_steps * task.I;
+      A* staged = dir.staged + member.index * part_rows_ * plan_.chunk_steps * widest_;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t m = 0; m < offsets[i + 1] - offsets[i]; ++m)
           stage(row_of<S>(task.input, steps_, first + i, member.rows.begin + m), task.I,
@@ -368,6 +374,7 @@ class ForwardScan : Scan<ForwardProblem> {
     }
   }
 
+  int64_t gates_stride_;  // of a member's gates_x
   Direction directions_[2];
   S* between_[2];  // [N, D*R]: output of a layer, input of the next
 };

@@ -1,8 +1,8 @@
 // Weights for the tile: repacked where enough rows will use them, read as they are where not.
 //
-// A panel is up to kMaxVectors vectors, in strips (Right::kPanel). Panels follow one another, so the
-// panel that starts at column c of a matrix with K rows stands at offset c * K. Columns beyond the
-// matrix are zero.
+// A panel is up to kMaxVectors vectors, in strips (Right::kPanel). Panels follow one another, so
+// the panel that starts at column c of a matrix with K rows stands at offset c * K. Columns beyond
+// the matrix are zero.
 #pragma once
 
 #include "tile.h"
@@ -146,10 +146,11 @@ void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A*
     const A* before = g ? out : add;
     const int64_t ld_before = g ? ldo : ld_add;
     if (whole > 0)
-      for_row_tiles<A, Left::kRows, Right::kRows>(M, whole, [&](int64_t m, int64_t, TileFunction<A> tile) {
-        tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr, ld_before,
-             out + m * ldo, ldo);
-      });
+      for_row_tiles<A, Left::kRows, Right::kRows>(
+          M, whole, [&](int64_t m, int64_t, TileFunction<A> tile) {
+            tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr,
+                 ld_before, out + m * ldo, ldo);
+          });
     for (int v = whole; v < vectors; ++v) {
       const int64_t valid = N - column - v * L;
       for (int64_t m = 0; m < M; ++m) {

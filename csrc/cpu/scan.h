@@ -32,7 +32,7 @@ class Arena {
   size_t used_ = 0;
 };
 
-// One thread's share of a direction.
+// One thread's share of a direction, for one block of sequences.
 struct Member {
   int index;    // in its team
   int size;     // of the team
@@ -55,21 +55,37 @@ class Scan {
         widest_(problem.layers > 1 && problem.dirs * problem.R > problem.I
                     ? problem.dirs * problem.R
                     : problem.I),
+        part_rows_(largest_part(problem.steps, row_parts(int(team(0).size())))),
         everyone_(plan.threads),
         barriers_{Barrier(int(team(0).size())), Barrier(int(team(1).size()))} {}
 
   void lay_out_teams(Arena& arena) {
     for (int64_t d = 0; d < p_.dirs; ++d) {
-      const Range ids = team(d);
-      members_[d] = arena.take<Member>(ids.size());
+      const int size = int(team(d).size());
+      members_[d] = arena.take<Member>(plan_.blocks * size);
       if (!members_[d]) continue;
-      for (int index = 0; index < ids.size(); ++index) {
-        Member& member = members_[d][index];
-        member = {index, int(ids.size()), {0, steps_.B}, {0, Hp_}};
-        if (plan_.split == Split::kRows) member.rows = rows_of(steps_, index, member.size);
-        if (plan_.split == Split::kUnits) member.units = part_of(Hp_, kUnitPad, index, member.size);
+      const bool by_units = plan_.split == Split::kUnits;
+      RowParts parts(steps_, row_parts(size));
+      Range rows{};
+      for (int i = 0; i < plan_.blocks * size; ++i) {
+        const int index = i % size;
+        if (!by_units || index == 0) rows = parts.next();
+        members_[d][i] = {index, size, rows,
+                          by_units ? part_of(Hp_, kUnitPad, index, size) : Range{0, Hp_}};
       }
     }
+  }
+
+  // Parts that the sequences are divided into: a block of a unit split has one.
+  int row_parts(int team_size) const {
+    return plan_.blocks * (plan_.split == Split::kUnits ? 1 : team_size);
+  }
+
+  // The rows that a member prepares at the start of a block, whoever works on them then.
+  Range rows_to_start(const Member& member) const {
+    if (plan_.split != Split::kUnits) return member.rows;
+    const Range part = part_of(member.rows.size(), 1, member.index, member.size);
+    return {member.rows.begin + part.begin, member.rows.begin + part.end};
   }
 
   Range team(int64_t d) const { return team_of(plan_.threads, p_.dirs, d); }
@@ -78,6 +94,7 @@ class Scan {
   struct Crew {
     int64_t d;
     Range members;
+    int block = 0;
   };
 
   // Calls body(crew) for each direction in whose team the thread with ids [begin, end) has members.
@@ -95,17 +112,26 @@ class Scan {
 
   template <class Body>
   void each_member(const Crew& crew, Body body) {
-    for (int64_t i = crew.members.begin; i < crew.members.end; ++i) body(members_[crew.d][i]);
+    const Member* members = members_[crew.d] + crew.block * team(crew.d).size();
+    for (int64_t i = crew.members.begin; i < crew.members.end; ++i) body(members[i]);
   }
 
   void wait_for_team(const Crew& crew) { barriers_[crew.d].wait(int(crew.members.size())); }
   void wait_for_everyone(int begin, int end) { everyone_.wait(end - begin); }
 
   // How many of a member's sequences are alive at step t.
-  int64_t alive(const Member& member, int64_t t) const {
+  int64_t alive(const Member& member, int64_t t) const { return alive(member.rows, t); }
+  int64_t alive(Range sequences, int64_t t) const {
     const int64_t rows = steps_.rows(t);
-    const int64_t end = rows < member.rows.end ? rows : member.rows.end;
-    return end > member.rows.begin ? end - member.rows.begin : 0;
+    const int64_t end = rows < sequences.end ? rows : sequences.end;
+    return end > sequences.begin ? end - sequences.begin : 0;
+  }
+
+  // The sequences of a team's block.
+  Range rows_of_block(const Crew& crew) const {
+    const int64_t size = team(crew.d).size();
+    const Member* members = members_[crew.d] + crew.block * size;
+    return {members[0].rows.begin, members[size - 1].rows.end};
   }
 
   const Problem& p_;
@@ -113,13 +139,14 @@ class Scan {
   const Steps& steps_;
   const int64_t Hp_;
   const int64_t Rp_;
-  const int64_t slots_;   // of saved
-  const int64_t widest_;  // features that a layer takes
+  const int64_t slots_;      // of saved
+  const int64_t widest_;     // features that a layer takes
+  const int64_t part_rows_;  // sequences of a member, at most
 
  private:
   Barrier everyone_;
   Barrier barriers_[2];
-  Member* members_[2];  // of each team
+  Member* members_[2];  // of each team, block by block
 };
 
 template <class S>

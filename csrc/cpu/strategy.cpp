@@ -22,25 +22,27 @@ constexpr int64_t kForwardChunkRows = 64;
 // Rows of one weight-gradient product: the gradient is read and written once per chunk.
 constexpr int64_t kBackwardChunkRows = 256;
 
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // Steps per chunk: chunks of equal length, each of at most `rows` rows (but one step at least).
 int64_t chunk_steps(int64_t T, int64_t B, int64_t rows) {
   const int64_t most = std::max<int64_t>(1, rows / std::max<int64_t>(1, B));
-  const int64_t chunks = (T + most - 1) / most;
-  return std::max<int64_t>(1, (T + chunks - 1) / chunks);
+  return std::max<int64_t>(1, ceil_div(T, ceil_div(T, most)));
 }
 
 bool worth_packing(int64_t weight, int64_t rows) {
   return rows >= (weight > kLarge ? kRowsWorthPackingLarge : kRowsWorthPacking);
 }
 
-Plan plan(const Stack& s, int64_t gates, int max_threads, double work, int64_t chunk_rows) {
+Plan split(const Stack& s, int64_t gates, int max_threads, double work) {
   const double per_row = 2.0 * double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
   const double sequence =
       work * per_row * double(s.steps.N) / kFlopsPerMicrosecond;  // us, one layer and direction
   const double step = sequence / double(std::max<int64_t>(s.steps.T, 1));
 
   Plan plan;
-  plan.chunk_steps = chunk_steps(s.steps.T, s.steps.B, chunk_rows);
   const int64_t w_ih = gates * s.H * s.input_size(s.layers - 1), w_hh = gates * s.H * s.R;
   plan.pack_ih = worth_packing(w_ih, s.steps.N);
   plan.pack_hh = worth_packing(w_hh, s.steps.N);
@@ -81,14 +83,27 @@ Plan plan(const Stack& s, int64_t gates, int max_threads, double work, int64_t c
 }  // namespace
 
 Plan plan_forward(const Stack& stack, int64_t gates, int max_threads) {
-  Plan result = plan(stack, gates, max_threads, 1.0, kForwardChunkRows);
+  Plan plan = split(stack, gates, max_threads, 1.0);
+  const int64_t B = stack.steps.B, T = stack.steps.T;
   // One sequence reads W_hh once per step either way; from beyond L2, rows come as fast as panels.
-  if (stack.steps.B == 1 && gates * stack.H * stack.R > kLarge) result.pack_hh = false;
-  return result;
+  if (B == 1 && gates * stack.H * stack.R > kLarge) plan.pack_hh = false;
+  if (plan.split == Split::kUnits) {
+    plan.chunk_steps = chunk_steps(T, B, kForwardChunkRows);
+    return plan;
+  }
+  const int64_t members = std::max<int64_t>(1, team_of(plan.threads, stack.dirs, 0).size());
+  plan.blocks = int(std::max<int64_t>(1, ceil_div(B, members * kForwardChunkRows)));
+  plan.chunk_steps = chunk_steps(T, ceil_div(B, members * plan.blocks), kForwardChunkRows);
+  return plan;
 }
 
 Plan plan_backward(const Stack& stack, int64_t gates, int max_threads) {
-  return plan(stack, gates, max_threads, 2.0, kBackwardChunkRows);
+  Plan plan = split(stack, gates, max_threads, 2.0);
+  // The sums over time depend on the chunks, hence nothing here may depend on the threads.
+  plan.blocks = int(std::max<int64_t>(1, ceil_div(stack.steps.B, kBackwardChunkRows)));
+  plan.chunk_steps =
+      chunk_steps(stack.steps.T, ceil_div(stack.steps.B, plan.blocks), kBackwardChunkRows);
+  return plan;
 }
 
 Range part_of(int64_t count, int64_t unit, int index, int parts) {
@@ -97,17 +112,27 @@ Range part_of(int64_t count, int64_t unit, int index, int parts) {
   return {border(index), border(index + 1)};
 }
 
-Range rows_of(const Steps& steps, int index, int parts) {
-  if (!steps.lengths) return part_of(steps.B, 1, index, parts);
-  // Row b ends at share (its last step's number, counting sequence by sequence) / N.
-  const auto border = [&](int i) {
-    int64_t row = 0;
-    for (int64_t walked = 0; row < steps.B && walked + steps.lengths[row] / 2 < steps.N * i / parts;
-         ++row)
-      walked += steps.lengths[row];
-    return i == parts ? steps.B : row;
-  };
-  return {border(index), border(index + 1)};
+Range RowParts::next() {
+  const int64_t begin = row_;
+  ++index_;
+  if (!steps_.lengths) {
+    row_ = steps_.B * index_ / parts_;
+  } else if (index_ == parts_) {
+    row_ = steps_.B;
+  } else {
+    // A row belongs to the part in which its middle step lies, counting sequence by sequence.
+    while (row_ < steps_.B && walked_ + steps_.lengths[row_] / 2 < steps_.N * index_ / parts_)
+      walked_ += steps_.lengths[row_++];
+  }
+  return {begin, row_};
+}
+
+int64_t largest_part(const Steps& steps, int parts) {
+  if (!steps.lengths) return (steps.B + parts - 1) / parts;
+  RowParts rows(steps, parts);
+  int64_t largest = 0;
+  for (int i = 0; i < parts; ++i) largest = std::max(largest, rows.next().size());
+  return largest;
 }
 
 Range team_of(int threads, int64_t dirs, int64_t dir) {

@@ -17,6 +17,7 @@ enum class Split {
 struct Plan {
   int threads = 1;  // in all; directions share them evenly
   Split split = Split::kNone;
+  int blocks = 1;        // of sequences, walked one after another through all of time
   bool pack_ih = false;  // repack the weights for the tile, or read them as they are
   bool pack_hh = false;
   int64_t chunk_steps = 1;  // steps whose input product is made at once
@@ -37,8 +38,23 @@ struct Range {
 // Part `index` of [0, count) in `parts` nearly equal parts whose borders are multiples of `unit`.
 Range part_of(int64_t count, int64_t unit, int index, int parts);
 
-// Part `index` of the rows of a batch, equal in steps where sequences differ in length.
-Range rows_of(const Steps& steps, int index, int parts);
+// Divides the rows of a batch into `parts` ranges that follow one another, equal in steps where
+// sequences differ in length. Every call of next() gives one.
+class RowParts {
+ public:
+  RowParts(const Steps& steps, int parts) : steps_(steps), parts_(parts) {}
+  Range next();
+
+ private:
+  const Steps& steps_;
+  const int parts_;
+  int index_ = 0;
+  int64_t row_ = 0;
+  int64_t walked_ = 0;  // steps of the rows before row_
+};
+
+// Rows of the largest of `parts` parts.
+int64_t largest_part(const Steps& steps, int parts);
 
 // The members of a team of `threads` ids that work on direction `dir` of `dirs`.
 Range team_of(int threads, int64_t dirs, int64_t dir);
