@@ -4,8 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <map>
+#include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -92,6 +97,62 @@ Array<A> math(const std::string& name, Array<A> x) {
   throw py::key_error("there is no function '" + name + "'");
 }
 
+// Calls per second of Isa::multiply, summed over threads that each work on operands of their own at
+// the same time: the best of many short windows, for the roof is what the machine can do undisturbed.
+double multiplications_per_second(int threads, int64_t rows, int64_t K, int64_t columns) {
+  constexpr int kWindows = 20;
+  constexpr std::chrono::milliseconds kWindow(2);
+  if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+  std::vector<double> rates(static_cast<size_t>(threads), 0.0);
+  std::atomic<int> waiting{threads};
+  const auto work = [&](double& best) {
+    using Clock = std::chrono::steady_clock;
+    const std::unique_ptr<void, void (*)(void*)> block(
+        take_block(size_t(rows * K + K * columns + rows * columns) * sizeof(float)), &give_block);
+    float* a = static_cast<float*>(block.get());
+    std::fill_n(a, rows * K + K * columns, 0.5f);
+    float* w = a + rows * K;
+    const auto call = [&] {
+      cpu::chosen_isa().multiply(rows, K, columns, a, w, w + K * columns);
+    };
+    call();
+    --waiting;
+    while (waiting > 0) std::this_thread::yield();
+    for (int window = 0; window < kWindows; ++window) {
+      const auto start = Clock::now();
+      double seconds = 0.0;
+      int64_t calls = 0;
+      do {
+        call();
+        ++calls;
+        seconds = std::chrono::duration<double>(Clock::now() - start).count();
+      } while (Clock::now() - start < kWindow);
+      best = std::max(best, double(calls) / seconds);
+    }
+  };
+  std::vector<std::thread> team;
+  for (double& rate : rates) team.emplace_back(work, std::ref(rate));
+  for (std::thread& thread : team) thread.join();
+  double sum = 0.0;
+  for (const double rate : rates) sum += rate;
+  return sum;
+}
+
+// GFLOP/s of the register tile where both operands stay in L2.
+double tile_rate(int threads) {
+  const int64_t rows = 48, K = 256, columns = 64;
+  return 2e-9 * double(rows * K * columns) * multiplications_per_second(threads, rows, K, columns);
+}
+
+// GB/s of a product with one row whose weights have this many bytes, shared among the threads.
+double stream_rate(int64_t bytes, int threads) {
+  const int64_t K = 256;
+  const int64_t each = bytes / std::max(threads, 1) / int64_t(sizeof(float));
+  const int64_t columns = std::max<int64_t>(64, each / K / 64 * 64);
+  return 1e-9 * double(sizeof(float) * K * columns) *
+         multiplications_per_second(threads, 1, K, columns);
+}
+
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
                   int64_t directions, int threads) {
   Stack stack;
@@ -155,6 +216,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
   m.def("math", &math<float>, py::arg("name"), py::arg("x").noconvert());
   m.def("math", &math<double>, py::arg("name"), py::arg("x").noconvert());
+  m.def("tile_rate", &tile_rate, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("stream_rate", &stream_rate, py::arg("bytes"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("cached_bytes", &cached_bytes);
   m.def("empty_cache", &empty_cache);
   m.def("poison_new_memory", &poison_new_memory, py::arg("on"));

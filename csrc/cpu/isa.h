@@ -42,6 +42,10 @@ struct Isa {
   int cell_count;
   const MathFunctions* math;
   int math_count;
+  // The product of the scans with nothing around it, for measuring the roof: out[rows, columns] =
+  // a[rows, K] w, with w packed and columns a multiple of 64.
+  void (*multiply)(int64_t rows, int64_t K, int64_t columns, const float* a, const float* w,
+                   float* out);
 };
 
 // Compiled sets, widest first.

@@ -91,10 +91,20 @@ constexpr MathFunctions kMath[] = {
     {"tanh", map_tanh<float>, map_tanh<double>},
 };
 
+void multiply(int64_t rows, int64_t K, int64_t columns, const float* a, const float* w,
+              float* out) {
+  for_panels<float, 1>(0, columns, [&](int64_t column, int vectors) {
+    for_row_tiles<float, Left::kRows, Right::kPanel>(
+        rows, vectors, [&](int64_t m, int64_t, TileFunction<float> tile) {
+          tile(K, a + m * K, K, w + column * K, 0, nullptr, 0, out + m * columns + column, columns);
+        });
+  });
+}
+
 }  // namespace
 
 extern const Isa kIsa;
 const Isa kIsa{FUSED_RNN_ISA_NAME, Table::kCells, Table::kCount, kMath,
-               int(sizeof(kMath) / sizeof(kMath[0]))};
+               int(sizeof(kMath) / sizeof(kMath[0])), multiply};
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

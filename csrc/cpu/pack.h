@@ -41,21 +41,24 @@ void pack_transposed(const S* w, int64_t H, int64_t K, int64_t unit, int vectors
                      Accumulate<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  for (int64_t k = 0; k < K; k += L)
-    for (int g = 0; g < G; ++g)
-      for (int v = 0; v < vectors; ++v) {
+  // Along K inside: the L rows are streams that the processor prefetches, and few enough not to
+  // fight for cache sets where K is a power of two.
+  for (int g = 0; g < G; ++g)
+    for (int v = 0; v < vectors; ++v) {
+      const PanelVector<A> out(dst, K, G * vectors, g * vectors + v);
+      const int64_t first = unit + v * L;
+      for (int64_t k = 0; k < K; k += L) {
         Vector<A> rows[L];
 #pragma GCC unroll 16
-        for (int lane = 0; lane < L; ++lane) {
-          const int64_t u = unit + v * L + lane;
-          rows[lane] = u < H ? load_partial(w + (g * H + u) * K + k, K - k) : Vector<A>{};
-        }
+        for (int lane = 0; lane < L; ++lane)
+          rows[lane] = first + lane < H ? load_partial(w + (g * H + first + lane) * K + k, K - k)
+                                        : Vector<A>{};
         transpose<A>(rows);
-        const PanelVector<A> out(dst, K, G * vectors, g * vectors + v);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
           if (k + i < K) store(out.data + (k + i) * out.stride, rows[i]);
       }
+    }
 }
 
 // W[G*H, N], to be used as d W: dst[g*Hp + j, v, lane] = W[g*H + j, column + v*L + lane]; rows H <=
