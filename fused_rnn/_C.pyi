@@ -1,6 +1,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from .strategy import Plan
+
 Values = NDArray[np.float32] | NDArray[np.float64]
 
 def cells() -> dict[str, dict[str, int]]: ...
@@ -15,6 +17,22 @@ def math(name: str, x: Values) -> Values: ...
 def cached_bytes() -> int: ...
 def empty_cache() -> None: ...
 def poison_new_memory(on: bool) -> None: ...
+def tile_rate(threads: int) -> float: ...
+def stream_rate(bytes: int, threads: int) -> float: ...
 def strategy(
-    cell: str, T: int, B: int, I: int, H: int, proj: int, directions: int, threads: int
-) -> dict[str, object]: ...
+    cell: str,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    *,
+    proj: int = 0,
+    layers: int = 1,
+    directions: int = 1,
+    rows: int = 0,
+    threads: int = 1,
+    backward: bool = False,
+    l2: int = 0,
+    l3: int = 0,
+) -> Plan: ...
+def force_split(split: str | None) -> str | None: ...

@@ -3,6 +3,7 @@
 from .convert import convert, to_torch
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .ops import empty_cache
+from .strategy import force_split
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "RNNCell",
     "convert",
     "empty_cache",
+    "force_split",
     "to_torch",
 ]

@@ -4,7 +4,8 @@
     reference  where only plain torch will do: torch.func, forward-mode AD
     torch      everywhere else: other devices and dtypes, tracing, no library
 
-`logging.getLogger("fused_rnn").setLevel("DEBUG")` tells which one it was, and why.
+`logging.getLogger("fused_rnn").setLevel("DEBUG")` tells which one it was, and why, and
+"fused_rnn.strategy" how the threads share a fused call.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch import _VF, Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from . import ops, reference
+from . import ops, reference, strategy
 
 _log = logging.getLogger("fused_rnn")
+_strategy_log = logging.getLogger("fused_rnn.strategy")
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -148,7 +150,37 @@ def _route(call: _Call) -> str:
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s%s", call.cell, route, reason and f", because {reason}")
+        if route == "fused":
+            _log_strategy(call)
     return route
+
+
+def _log_strategy(call: _Call) -> None:
+    from . import _C
+
+    directions = 2 if call.bidirectional else 1
+    weights = reference.split_weights(call.weights, call.num_layers * directions)[0]
+    if call.batch_sizes is not None:
+        T, B = len(call.batch_sizes), int(call.batch_sizes[0])
+    elif call.input.dim() == 2:
+        T, B = 1, call.input.shape[0]
+    else:
+        B, T = call.input.shape[:2] if call.batch_first else call.input.shape[1::-1]
+    I = call.input.shape[-1]
+    H = weights.hh.shape[0] // _C.cells()[call.cell]["gates"]
+    for backward in (False, True) if torch.is_grad_enabled() else (False,):
+        plan = _C.strategy(
+            *(call.cell, T, B, I, H),
+            proj=0 if weights.hr is None else weights.hr.shape[0],
+            layers=call.num_layers,
+            directions=directions,
+            rows=call.input.shape[0] if call.batch_sizes is not None else 0,
+            threads=torch.get_num_threads(),
+            backward=backward,
+        )
+        text = strategy.describe(plan)
+        name = f"{call.cell} {'backward' if backward else 'forward'}"
+        _strategy_log.debug("%s T=%d B=%d I=%d H=%d: %s", name, T, B, I, H, text)
 
 
 def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:

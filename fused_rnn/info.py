@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn import ops
+from fused_rnn.strategy import describe
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -24,8 +25,14 @@ LAYERS: dict[str, tuple[str, dict[str, str]]] = {
     "RNN tanh": ("RNN", {}),
     "RNN relu": ("RNN", {"nonlinearity": "relu"}),
 }
-# T, B, I, H, directions
-SHAPES = ((1, 1, 64, 64, 1), (64, 1, 256, 256, 1), (64, 8, 256, 256, 2), (64, 64, 512, 512, 1))
+# T, B, H, layers, directions
+SHAPES = (
+    (1, 1, 64, 1, 1),
+    (64, 1, 256, 1, 1),
+    (500, 1, 64, 2, 1),
+    (64, 8, 256, 1, 2),
+    (64, 64, 512, 1, 1),
+)
 CUDA_OFF = "the CUDA backend is not built yet"
 # Twenty times the rounding error of float32: sums are taken in another order than torch's.
 WORST_ERROR = 20 * torch.finfo(torch.float32).eps
@@ -39,7 +46,8 @@ class _Messages(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+        if record.name == "fused_rnn":
+            self.texts.append(record.getMessage())
 
 
 def routes(device: str) -> list[tuple[str, str]]:
@@ -71,16 +79,17 @@ def routes(device: str) -> list[tuple[str, str]]:
 
 
 def strategies() -> Iterable[tuple[str, str]]:
-    """For an LSTM of typical shapes: who does what, and why."""
+    """For an LSTM of typical shapes: how threads share the forward scan, and why."""
     from fused_rnn import _C
 
-    for T, B, I, H, directions in SHAPES:
-        plan = _C.strategy("lstm", T, B, I, H, 0, directions, torch.get_num_threads())
-        reason = plan.pop("reason")
-        yield (
-            f"T={T} B={B} I={I} H={H}{' both ways' if directions == 2 else ''}",
-            f"{reason} ({', '.join(f'{key}: {value}' for key, value in plan.items())})",
+    for T, B, H, layers, directions in SHAPES:
+        plan = _C.strategy(
+            *("lstm", T, B, H, H),
+            layers=layers,
+            directions=directions,
+            threads=torch.get_num_threads(),
         )
+        yield f"T={T} B={B} H={H} L={layers} D={directions}", describe(plan)
 
 
 def _outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -137,7 +146,7 @@ def main() -> int:
             *_C.build_info().items(),
         ]
         _lines("library, built with", library)
-        _lines("how the forward scan of an LSTM is split", strategies())
+        _lines("how threads share the forward scan of an LSTM", strategies())
     else:
         _lines("library", [("missing", str(ops.unavailable_reason))])
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

@@ -14,6 +14,7 @@ from torch import Tensor
 import fused_rnn
 from fused_rnn import reference
 
+ops = torch.ops.fused_rnn
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -220,3 +221,34 @@ def judge_scan(
         return fused, plain, differentiate(by_reference, args.map(Tensor.double), dtype)
 
     judge_draws(draw)
+
+
+def backward(
+    args: Arguments,
+    seeds: list[Tensor | None],
+    saved: Tensor,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> list[Tensor]:
+    """The op's gradients, flat: d_input, d_h0, d_c0, *d_weights."""
+    *most, d_weights = ops.backward(args[0], *seeds, *args[1:6], saved, *args[6:], *needs)
+    return [*most, *d_weights]
+
+
+def seeds_for(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Gradients of output, h_n, c_n; None for the c_n of a cell with one state."""
+    return [seed if seed.numel() else None for seed in seeds_like(outputs)]
+
+
+def everything(args: Arguments) -> list[Tensor]:
+    """All that forward and backward return."""
+    *outputs, saved = ops.forward(*args)
+    return [*outputs, *backward(args, seeds_for(tuple(outputs)), saved)]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Bit for bit, NaN included."""
+    assert len(ours) == len(theirs)
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.shape == b.shape, k
+        assert torch.equal(a.isnan(), b.isnan()), k
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), k

@@ -34,7 +34,7 @@ def test_says_what_runs_and_ends_with_ok(capsys: pytest.CaptureFixture[str]) -> 
     assert "not built yet" in section(text, "running with")["CUDA kernels"]
     assert section(text, "library")["chosen"] == _C.isa()
     assert section(text, "library")["compiler"] == _C.build_info()["compiler"]
-    assert len(section(text, "how the forward scan")) == len(info.SHAPES)
+    assert len(section(text, "how threads share")) == len(info.SHAPES)
     assert len(section(text, "forward and backward")) == len(info.LAYERS)
 
 

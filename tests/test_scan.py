@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from scans import (
     FLOATS,
     Arguments,
+    assert_same,
+    backward,
     by_ops,
     by_reference,
     by_torch,
     differentiate,
+    everything,
     judge_scan,
     make_arguments,
-    seeds_like,
+    seeds_for,
 )
 from torch import Tensor
 
@@ -33,37 +36,6 @@ each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 def has_c(cell: str) -> bool:
     return fused_rnn._C.cells()[cell]["states"] > 1
-
-
-def backward(
-    args: Arguments,
-    seeds: list[Tensor | None],
-    saved: Tensor,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-) -> list[Tensor]:
-    """The op's gradients, flat: d_input, d_h0, d_c0, *d_weights."""
-    *most, d_weights = ops.backward(args[0], *seeds, *args[1:6], saved, *args[6:], *needs)
-    return [*most, *d_weights]
-
-
-def seeds_for(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Gradients of output, h_n, c_n; None for the c_n of a cell with one state."""
-    return [seed if seed.numel() else None for seed in seeds_like(outputs)]
-
-
-def everything(args: Arguments) -> list[Tensor]:
-    """All that forward and backward return."""
-    *outputs, saved = ops.forward(*args)
-    return [*outputs, *backward(args, seeds_for(tuple(outputs)), saved)]
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Bit for bit, NaN included."""
-    assert len(ours) == len(theirs)
-    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert a.shape == b.shape, k
-        assert torch.equal(a.isnan(), b.isnan()), k
-        assert torch.equal(a.nan_to_num(), b.nan_to_num()), k
 
 
 # Every remainder of the tiles: H around the vector of 16, B around the rows of a tile.
@@ -372,6 +344,9 @@ SHARED = [
     ((10, 13, 30, 70), {"layers": 2, "bidirectional": True, "batch_first": True}),
     ((0, 0, 30, 150), {"batch_sizes": (13, 13, 9, 9, 4, 4, 1, 1), "bidirectional": True}),
     ((2, 2, 3, 4), {}),
+    ((3, 700, 4, 5), {}),  # several blocks of sequences
+    ((0, 0, 4, 5), {"batch_sizes": (600, 590, 300, 2, 2, 1), "bidirectional": True}),
+    ((80, 1, 8, 40), {"layers": 3}),
 ]
 
 
@@ -383,9 +358,21 @@ def test_the_sizes_above_share_the_work_in_every_way(cell: str) -> None:
         steps, rows = (len(lengths), lengths[0]) if lengths else (T, B)
         directions = 2 if options.get("bidirectional") else 1
         for threads in (2, 5):
-            plan = fused_rnn._C.strategy(cell, steps, rows, I, H, 0, directions, threads)
-            ways.add((plan["split"], plan["threads"] > 1))
-    assert {("none", False), ("none", True), ("rows", True), ("units", True)} <= ways
+            plan = fused_rnn._C.strategy(
+                *(cell, steps, rows, I, H),
+                layers=options.get("layers", 1),
+                directions=directions,
+                threads=threads,
+            )
+            ways.add((plan["split"], plan["threads"] > 1, plan["blocks"] > 1))
+    assert ways >= {
+        ("none", False, False),
+        ("none", True, False),
+        ("rows", True, False),
+        ("rows", True, True),
+        ("units", True, False),
+        ("layers", True, False),
+    }
 
 
 @each_cell

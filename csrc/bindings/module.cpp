@@ -9,6 +9,7 @@
 #include <chrono>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -98,11 +99,13 @@ Array<A> math(const std::string& name, Array<A> x) {
 }
 
 // Calls per second of Isa::multiply, summed over threads that each work on operands of their own at
-// the same time: the best of many short windows, for the roof is what the machine can do undisturbed.
+// the same time: the best of many short windows, for the roof is what the machine can do
+// undisturbed.
 double multiplications_per_second(int threads, int64_t rows, int64_t K, int64_t columns) {
   constexpr int kWindows = 20;
   constexpr std::chrono::milliseconds kWindow(2);
-  if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+  if (threads < 1)
+    throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
   std::vector<double> rates(static_cast<size_t>(threads), 0.0);
   std::atomic<int> waiting{threads};
   const auto work = [&](double& best) {
@@ -112,9 +115,7 @@ double multiplications_per_second(int threads, int64_t rows, int64_t K, int64_t 
     float* a = static_cast<float*>(block.get());
     std::fill_n(a, rows * K + K * columns, 0.5f);
     float* w = a + rows * K;
-    const auto call = [&] {
-      cpu::chosen_isa().multiply(rows, K, columns, a, w, w + K * columns);
-    };
+    const auto call = [&] { cpu::chosen_isa().multiply(rows, K, columns, a, w, w + K * columns); };
     call();
     --waiting;
     while (waiting > 0) std::this_thread::yield();
@@ -154,29 +155,57 @@ double stream_rate(int64_t bytes, int threads) {
 }
 
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
-                  int64_t directions, int threads) {
+                  int64_t layers, int64_t directions, int64_t rows, int threads, bool backward,
+                  int64_t l2, int64_t l3) {
   Stack stack;
   Weights weights;
   if (proj) weights.hr = &weights;  // only asked whether it is there
   stack.steps.T = T;
   stack.steps.B = B;
-  stack.steps.N = T * B;
+  stack.steps.N = rows ? rows : T * B;
   stack.I = I;
   stack.H = H;
   stack.R = proj ? proj : H;
+  stack.layers = layers;
   stack.dirs = directions;
   stack.weights = &weights;
-  const cpu::Plan plan = cpu::plan_forward(stack, cell_named(name).info.gates, threads);
-  static const std::map<cpu::Split, const char*> names{
-      {cpu::Split::kNone, "none"}, {cpu::Split::kRows, "rows"}, {cpu::Split::kUnits, "units"}};
+  cpu::Machine machine = cpu::this_machine(threads);
+  if (l2) machine.l2 = l2;
+  if (l3) machine.l3 = l3;
+  const cpu::Plan plan = (backward ? cpu::plan_backward : cpu::plan_forward)(
+      stack, cell_named(name).info.gates, machine);
+  py::dict against;
+  for (int i = 0; i < cpu::kSplits; ++i)
+    if (plan.against[i]) against[cpu::kSplitNames[i]] = plan.against[i];
   py::dict result;
-  result["split"] = names.at(plan.split);
+  result["split"] = cpu::kSplitNames[int(plan.split)];
   result["threads"] = plan.threads;
+  result["blocks"] = plan.blocks;
   result["pack_ih"] = plan.pack_ih;
   result["pack_hh"] = plan.pack_hh;
   result["chunk_steps"] = plan.chunk_steps;
+  result["possible"] = plan.possible;
   result["reason"] = plan.reason;
+  result["against"] = against;
   return result;
+}
+
+// Forces a split, or nothing (None); what was forced before.
+std::optional<std::string> force_split(const std::optional<std::string>& name) {
+  std::optional<std::string> before;
+  if (const cpu::Split* forced = cpu::this_machine(1).forced)
+    before = cpu::kSplitNames[int(*forced)];
+  if (!name) {
+    cpu::force_split(nullptr);
+    return before;
+  }
+  for (int i = 0; i < cpu::kSplits; ++i)
+    if (*name == cpu::kSplitNames[i]) {
+      const cpu::Split split = cpu::Split(i);
+      cpu::force_split(&split);
+      return before;
+    }
+  throw py::value_error("split must be none, rows, units, layers or None, got '" + *name + "'");
 }
 
 }  // namespace
@@ -223,5 +252,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("empty_cache", &empty_cache);
   m.def("poison_new_memory", &poison_new_memory, py::arg("on"));
   m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"),
-        py::arg("H"), py::arg("proj"), py::arg("directions"), py::arg("threads"));
+        py::arg("H"), py::kw_only(), py::arg("proj") = 0, py::arg("layers") = 1,
+        py::arg("directions") = 1, py::arg("rows") = 0, py::arg("threads") = 1,
+        py::arg("backward") = false, py::arg("l2") = 0, py::arg("l3") = 0);
+  m.def("force_split", &force_split, py::arg("split"));
 }

@@ -224,6 +224,17 @@ class Call {
   }
   const std::vector<Shape>& weight_shapes() const { return weight_shapes_; }
 
+  template <class Planner>
+  cpu::Plan plan(Planner planner) const {
+    const cpu::Machine machine = cpu::this_machine(int(torch::stable::get_num_threads()));
+    const cpu::Plan plan = planner(stack, kernels->info.gates, machine);
+    if (!plan.possible) {
+      const int split = int(*machine.forced);
+      fail("the split '", cpu::kSplitNames[split], "' is forced, but ", plan.against[split]);
+    }
+    return plan;
+  }
+
   template <class Problem, class Kernel>
   void run(Kernel kernel, const Problem& problem, const cpu::Plan& plan) {
     Runtime runtime;
@@ -378,9 +389,7 @@ Outputs run_forward(Call& call, bool save) {
   problem.h_n = call.is_step() ? nullptr : out.h_n.data_ptr();
   problem.c_n = call.has_c() ? out.c_n.data_ptr() : nullptr;
   problem.saved = save ? out.saved.data_ptr() : nullptr;
-  call.run(
-      call.kernels->forward[int(call.dtype)], problem,
-      cpu::plan_forward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
+  call.run(call.kernels->forward[int(call.dtype)], problem, call.plan(cpu::plan_forward));
   return out;
 }
 
@@ -459,9 +468,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   if (need_input) problem.d_input = call.sequence(d_input);
   if (need_state) problem.d_h0 = d_h0.data_ptr();
   if (need_state && call.has_c()) problem.d_c0 = d_c0.data_ptr();
-  call.run(
-      call.kernels->backward[int(call.dtype)], problem,
-      cpu::plan_backward(stack, call.kernels->info.gates, int(torch::stable::get_num_threads())));
+  call.run(call.kernels->backward[int(call.dtype)], problem, call.plan(cpu::plan_backward));
   return {d_input, d_h0, d_c0, d_weights};
 }
 

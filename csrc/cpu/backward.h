@@ -32,8 +32,11 @@ class BackwardScan : Scan<BackwardProblem> {
     // Weights of a storage type that is not computed in are never read in place.
     const bool pack_ih = plan_.pack_ih || kLowPrecision;
     const bool pack_hh = plan_.pack_hh || kLowPrecision;
-    for (int64_t d = 0; d < p_.dirs; ++d) {
-      Direction& dir = directions_[d];
+    directions_ = arena.take<Direction>(slots_of_work());
+    for (int64_t slot = 0; slot < slots_of_work(); ++slot) {
+      Direction measured;
+      Direction& dir = directions_ ? directions_[slot] : measured;
+      const int64_t d = by_layers() ? 0 : slot;
       dir.packed_ih = arena.take<A>(
           pack_ih && (p_.layers > 1 || p_.d_input.data) ? G * Hp_ * pad_units(widest_) : 0);
       dir.packed_hh = arena.take<A>(pack_hh ? G * Hp_ * Rp_ : 0);
@@ -60,12 +63,13 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.d_input =
           arena.take<A>(p_.dirs == 2 && (d == 1 || kLowPrecision) ? steps_.N * widest_ : 0);
     }
-    const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
-    between_[0] = arena.take<A>(between);
-    between_[1] = arena.take<A>(p_.layers > 2 ? between : 0);
+    between_ = arena.take<A>(betweens() * steps_.N * p_.dirs * p_.R);
   }
 
   void run(int begin, int end) {
+    if (by_layers())
+      return for_my_layers(begin, end, p_.layers - 1, -1,
+                           [&](int64_t layer, const Crew& crew) { run_direction(layer, crew); });
     for (int64_t layer = p_.layers - 1; layer >= 0; --layer) {
       for_my_crews(begin, end, [&](const Crew& crew) { run_direction(layer, crew); });
       if (p_.dirs == 2 && needs_input(layer)) {
@@ -126,6 +130,10 @@ class BackwardScan : Scan<BackwardProblem> {
     int64_t rows_at(int64_t t) const { return offsets[t - first + 1] - offsets[t - first]; }
   };
 
+  A* between(int64_t layer) const {
+    return between_ + layer % betweens() * steps_.N * p_.dirs * p_.R;
+  }
+
   bool needs_input(int64_t layer) const { return layer > 0 || p_.d_input.data; }
 
   const A* saved_row(int64_t plane, int64_t row) const {
@@ -135,7 +143,9 @@ class BackwardScan : Scan<BackwardProblem> {
   void run_direction(int64_t layer, const Crew& crew) {
     const int64_t d = crew.d;
     const int64_t plane = layer * p_.dirs + d;
-    const Task task{layer, d, &directions_[d], p_.weights[plane], p_.input_size(layer), plane};
+    const Task task{
+        layer, d, &directions_[slot_of_work(layer, d)], p_.weights[plane], p_.input_size(layer),
+        plane};
     each_member(crew, [&](const Member& member) { prepare(task, member); });
     for (int block = 0; block < plan_.blocks; ++block) run_block(task, {d, crew.members, block});
     each_member(crew, [&](const Member& member) { finish_weights(task, member); });
@@ -149,6 +159,7 @@ class BackwardScan : Scan<BackwardProblem> {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = task.d == 0 ? steps_.T - done - count : done;
+      follow(task.layer + 1, crew.block, done);
       int64_t* offsets = task.dir->chunk_offsets + crew.members.begin * (plan_.chunk_steps + 1);
       offsets[0] = 0;
       for (int64_t i = 0; i < count; ++i) offsets[i + 1] = offsets[i] + alive(rows, first + i);
@@ -169,6 +180,7 @@ class BackwardScan : Scan<BackwardProblem> {
       });
       // The next chunk overwrites what the products read.
       wait_for_team(crew);
+      lead(task.layer);
     }
     each_member(crew, [&](const Member& member) { finish(task, member); });
   }
@@ -229,7 +241,7 @@ class BackwardScan : Scan<BackwardProblem> {
     if (task.layer + 1 == p_.layers) {
       if (p_.d_output.data) add(row_of<S>(p_.d_output, steps_, t, b));
     } else {
-      add(between_[task.layer % 2] + (steps_.offset(t) + b) * p_.dirs * p_.R);
+      add(between(task.layer) + (steps_.offset(t) + b) * p_.dirs * p_.R);
     }
   }
 
@@ -487,7 +499,7 @@ class BackwardScan : Scan<BackwardProblem> {
   // result.
   A* own_input_gradient(const Task& task) const {
     if (task.dir->d_input) return task.dir->d_input;
-    return task.layer > 0 ? between_[(task.layer - 1) % 2] : nullptr;
+    return task.layer > 0 ? between(task.layer - 1) : nullptr;
   }
 
   void input_gradients(const Task& task, const Member& member, const Chunk& chunk) {
@@ -529,7 +541,7 @@ class BackwardScan : Scan<BackwardProblem> {
       };
       const A* own = directions_[0].d_input ? directions_[0].d_input + row * I : nullptr;
       if (layer > 0) {
-        A* out = between_[(layer - 1) % 2] + row * I;
+        A* out = between(layer - 1) + row * I;
         own ? add(own, out) : add(static_cast<const A*>(out), out);
       } else {
         while (row >= steps_.offset(t) + steps_.rows(t)) ++t;
@@ -587,8 +599,8 @@ class BackwardScan : Scan<BackwardProblem> {
 
   const int64_t block_rows_;  // sequences of a block, at most
   const int64_t ldg_;         // of the gate gradients
-  Direction directions_[2];
-  A* between_[2];  // [N, D*R]: gradient of a layer's output
+  Direction* directions_;     // [slots of work]
+  A* between_;                // [betweens, N, D*R]: gradient of a layer's output
 };
 
 template <class Cell, class S>

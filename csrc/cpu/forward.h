@@ -20,8 +20,10 @@ class ForwardScan : Scan<ForwardProblem> {
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
     const int64_t chunk_rows = part_rows_ * plan_.chunk_steps;
-    for (int64_t d = 0; d < p_.dirs; ++d) {
-      Direction& dir = directions_[d];
+    directions_ = arena.take<Direction>(slots_of_work());
+    for (int64_t slot = 0; slot < slots_of_work(); ++slot) {
+      Direction measured;
+      Direction& dir = directions_ ? directions_[slot] : measured;
       dir.packed_ih = arena.take<A>(plan_.pack_ih ? G * Hp_ * widest_ : 0);
       dir.packed_hh = arena.take<A>(plan_.pack_hh ? G * Hp_ * p_.R : 0);
       dir.packed_hr = arena.take<A>(plan_.pack_hh && p_.projected() ? Rp_ * p_.H : 0);
@@ -32,18 +34,19 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.c = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
-      const int64_t members = team(d).size();
+      const int64_t members = team(by_layers() ? 0 : slot).size();
       gates_stride_ = plan_.split == Split::kUnits ? 0 : chunk_rows * G * Hp_;
       dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G * Hp_);
       dir.staged = arena.take<A>(members * chunk_rows * widest_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
     }
-    const int64_t between = p_.layers > 1 ? steps_.N * p_.dirs * p_.R : 0;
-    between_[0] = arena.take<S>(between);
-    between_[1] = arena.take<S>(p_.layers > 2 ? between : 0);
+    between_ = arena.take<S>(betweens() * steps_.N * p_.dirs * p_.R);
   }
 
   void run(int begin, int end) {
+    if (by_layers())
+      return for_my_layers(begin, end, 0, 1,
+                           [&](int64_t layer, const Crew& crew) { run_direction(layer, crew); });
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
       for_my_crews(begin, end, [&](const Crew& crew) { run_direction(layer, crew); });
       // The next layer reads both directions' output, and packs into the memory that this one uses.
@@ -80,14 +83,14 @@ class ForwardScan : Scan<ForwardProblem> {
 
   Sequence between(int64_t layer) const {
     const int64_t features = p_.dirs * p_.R;
-    return {between_[layer % 2], steps_.B * features, features};
+    return {between_ + layer % betweens() * steps_.N * features, steps_.B * features, features};
   }
 
   void run_direction(int64_t layer, const Crew& crew) {
     const int64_t d = crew.d;
     const Task task{layer,
                     d,
-                    &directions_[d],
+                    &directions_[slot_of_work(layer, d)],
                     p_.weights[layer * p_.dirs + d],
                     p_.input_size(layer),
                     layer == 0 ? p_.input : between(layer - 1),
@@ -105,6 +108,7 @@ class ForwardScan : Scan<ForwardProblem> {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = task.d == 0 ? done : steps_.T - done - count;
+      follow(task.layer - 1, crew.block, done);
       each_member(crew, [&](const Member& member) { input_product(task, member, first, count); });
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + i : first + count - 1 - i;
@@ -112,6 +116,7 @@ class ForwardScan : Scan<ForwardProblem> {
             crew, [&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
         if (plan_.split == Split::kUnits) wait_for_team(crew);
       }
+      lead(task.layer);
     }
     each_member(crew, [&](const Member& member) { finish(task, member); });
   }
@@ -374,9 +379,9 @@ class ForwardScan : Scan<ForwardProblem> {
     }
   }
 
-  int64_t gates_stride_;  // of a member's gates_x
-  Direction directions_[2];
-  S* between_[2];  // [N, D*R]: output of a layer, input of the next
+  int64_t gates_stride_;   // of a member's gates_x
+  Direction* directions_;  // [slots of work]
+  S* between_;             // [betweens, N, D*R]: output of a layer, input of the next
 };
 
 template <class Cell, class S>

@@ -104,7 +104,11 @@ void multiply(int64_t rows, int64_t K, int64_t columns, const float* a, const fl
 }  // namespace
 
 extern const Isa kIsa;
-const Isa kIsa{FUSED_RNN_ISA_NAME, Table::kCells, Table::kCount, kMath,
-               int(sizeof(kMath) / sizeof(kMath[0])), multiply};
+const Isa kIsa{FUSED_RNN_ISA_NAME,
+               Table::kCells,
+               Table::kCount,
+               kMath,
+               int(sizeof(kMath) / sizeof(kMath[0])),
+               multiply};
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

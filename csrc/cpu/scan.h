@@ -60,6 +60,9 @@ class Scan {
         barriers_{Barrier(int(team(0).size())), Barrier(int(team(1).size()))} {}
 
   void lay_out_teams(Arena& arena) {
+    progress_ = arena.take<Progress>(by_layers() ? p_.layers : 0);
+    if (progress_)
+      for (int64_t layer = 0; layer < p_.layers; ++layer) progress_[layer] = Progress();
     for (int64_t d = 0; d < p_.dirs; ++d) {
       const int size = int(team(d).size());
       members_[d] = arena.take<Member>(plan_.blocks * size);
@@ -88,7 +91,19 @@ class Scan {
     return {member.rows.begin + part.begin, member.rows.begin + part.end};
   }
 
-  Range team(int64_t d) const { return team_of(plan_.threads, p_.dirs, d); }
+  // Where threads have layers of their own, each is a team by itself.
+  bool by_layers() const { return plan_.split == Split::kLayers; }
+  Range team(int64_t d) const {
+    return by_layers() ? Range{0, 1} : team_of(plan_.threads, p_.dirs, d);
+  }
+
+  // Memory of a direction, and of a layer where several run at once.
+  int64_t slots_of_work() const { return by_layers() ? plan_.threads : p_.dirs; }
+  int64_t slot_of_work(int64_t layer, int64_t d) const {
+    return by_layers() ? layer % plan_.threads : d;
+  }
+  // Sequences between layers that are alive at the same time.
+  int64_t betweens() const { return by_layers() || p_.layers <= 2 ? p_.layers - 1 : 2; }
 
   // The members of one team that one thread stands for.
   struct Crew {
@@ -108,6 +123,25 @@ class Scan {
       const int64_t last = end < ids.end ? end : ids.end;
       if (first < last) body(Crew{d, {first - ids.begin, last - ids.begin}});
     }
+  }
+
+  // Calls body(layer, crew) for the layers, in the order given, of the thread with ids [begin,
+  // end).
+  template <class Body>
+  void for_my_layers(int begin, int end, int64_t first, int64_t step, Body body) {
+    for (int64_t layer = first; layer >= 0 && layer < p_.layers; layer += step) {
+      const int64_t id = layer % plan_.threads;
+      if (id >= begin && id < end) body(layer, Crew{0, {0, 1}});
+    }
+  }
+  // A chunk, `done` steps into a block, is begun when the layer before has ended it.
+  void follow(int64_t layer, int64_t block, int64_t done) const {
+    if (!by_layers() || layer < 0 || layer >= p_.layers) return;
+    const int64_t chunks = (steps_.T + plan_.chunk_steps - 1) / plan_.chunk_steps;
+    progress_[layer].wait_for(int(block * chunks + done / plan_.chunk_steps + 1));
+  }
+  void lead(int64_t layer) {
+    if (by_layers()) progress_[layer].advance();
   }
 
   template <class Body>
@@ -147,6 +181,7 @@ class Scan {
   Barrier everyone_;
   Barrier barriers_[2];
   Member* members_[2];  // of each team, block by block
+  Progress* progress_;  // [layers]
 };
 
 template <class S>

@@ -1,26 +1,38 @@
 #include "strategy.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 
 namespace fused_rnn::cpu {
 namespace {
 
-// A core does about this many floating point operations per microsecond in the tile (AVX-512, 2.0e5
-// on Zen 5, 1.1e5 on Zen 4). Only orders of magnitude matter here.
+// What a core does in a microsecond, to an order of magnitude: operations of the tile (0.7e5 to
+// 2.5e5), bytes of weights streamed for one row (4e4 to 1e5).
 constexpr double kFlopsPerMicrosecond = 1.5e5;
+constexpr double kBytesPerMicrosecond = 7e4;
 // Opening a parallel region costs 1-2 us; a barrier 0.1 us and, when a core is shared, much more.
 constexpr double kWorthARegion = 20.0;
 constexpr double kWorthABarrier = 2.0;
+// Rows per thread from which a tile is high enough for a thread to have sequences of its own.
+constexpr int64_t kRowsWorthAThread = 8;
+// A layer waits for the one below at every chunk: so many chunks keep all threads busy most of the
+// time, and a chunk of fewer steps would use W_ih badly.
+constexpr int64_t kWavefrontChunks = 16;
+constexpr int64_t kWavefrontSteps = 16;
 // Packing reads and writes a weight once. It pays from about this many rows on where the copy stays
 // in L2, and later where it does not.
 constexpr int64_t kRowsWorthPacking = 8;
 constexpr int64_t kRowsWorthPackingLarge = 48;
-constexpr int64_t kLarge = 1 << 18;  // elements of a weight
-// Rows of the input product made at once: enough to use W_ih well from L2, few enough to stay
-// there.
-constexpr int64_t kForwardChunkRows = 64;
+// One row streams packed weights 1.35 times as fast as rows, from L2 and L3 alike, and packing
+// costs two passes: it pays from about 10 steps on. Beyond L3, both come as fast as memory.
+constexpr int64_t kStepsWorthPacking = 16;
+// Rows of the input product made at once, and of the blocks a large batch is walked in: enough to
+// use W_ih well from L2, few enough for the gates to stay there.
+constexpr int64_t kForwardRows = 64;
 // Rows of one weight-gradient product: the gradient is read and written once per chunk.
-constexpr int64_t kBackwardChunkRows = 256;
+constexpr int64_t kBackwardRows = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -32,77 +44,181 @@ int64_t chunk_steps(int64_t T, int64_t B, int64_t rows) {
   return std::max<int64_t>(1, ceil_div(T, ceil_div(T, most)));
 }
 
-bool worth_packing(int64_t weight, int64_t rows) {
-  return rows >= (weight > kLarge ? kRowsWorthPackingLarge : kRowsWorthPacking);
+// Everything the choice looks at. Threads and splits are those of one direction.
+struct Question {
+  const Stack& stack;
+  int threads;         // per direction
+  int64_t unit_parts;  // units can be divided into
+  double step_us;      // one step of one direction on one thread
+  double all_us;       // the whole stack on one thread
+
+  Question(const Stack& s, int64_t gates, const Machine& machine, double passes)
+      : stack(s),
+        threads(std::max(1, machine.threads / int(s.dirs))),
+        unit_parts(pad_units(s.H) / kUnitPad) {
+    const double weights = double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
+    const double rows = double(s.steps.N) / double(std::max<int64_t>(s.steps.T, 1));
+    const double streamed = 4.0 * double(gates * s.H * s.R);  // W_hh, whatever the rows
+    step_us = passes * std::max(2.0 * weights * rows / kFlopsPerMicrosecond,
+                                streamed / kBytesPerMicrosecond);
+    all_us = step_us * double(s.steps.T * s.layers * s.dirs);
+  }
+
+  // Null, or why a split cannot run.
+  const char* cannot(Split split) const {
+    switch (split) {
+      case Split::kNone:
+        return nullptr;
+      case Split::kRows:
+        if (stack.steps.B < 2) return "there is one sequence";
+        break;
+      case Split::kUnits:
+        if (stack.projected()) return "a projection reads all units of a step";
+        if (unit_parts < 2) return "there are too few units";
+        break;
+      case Split::kLayers:
+        if (stack.layers < 2) return "there is one layer";
+        if (stack.dirs > 1) return "a layer starts after both directions of the one below";
+        break;
+    }
+    return threads < 2 ? "there is one thread per direction" : nullptr;
+  }
+
+  // Null, or why a split that can run does not pay.
+  const char* not_worth(Split split) const {
+    if (all_us < kWorthARegion) return "the whole call is less work than starting threads";
+    switch (split) {
+      case Split::kUnits:
+        if (step_us / threads < kWorthABarrier) return "a step is less work than a barrier";
+        break;
+      case Split::kLayers:
+        if (stack.steps.T < kWavefrontChunks * 2)
+          return "the sequence is too short for layers to follow one another";
+        break;
+      default:
+        break;
+    }
+    return nullptr;
+  }
+};
+
+constexpr const char* kReasons[kSplits] = {
+    "", "each thread has sequences of its own",
+    "each thread has units of its own, with a barrier per step",
+    "each thread has layers of its own, a chunk of steps behind the one below"};
+
+Plan choose(const Stack& s, int64_t gates, const Machine& machine, double passes) {
+  const Question question(s, gates, machine, passes);
+  Plan plan;
+  const auto take = [&](Split split, const char* reason) {
+    plan.split = split;
+    plan.reason = reason;
+    plan.against[int(split)] = nullptr;
+    const int most = int(split == Split::kRows     ? s.steps.B
+                         : split == Split::kUnits  ? question.unit_parts
+                         : split == Split::kLayers ? s.layers
+                                                   : 1);
+    plan.threads = std::min(question.threads, most);
+    if (s.dirs == 2 && machine.threads >= 2 &&
+        (machine.forced || question.all_us >= kWorthARegion)) {
+      if (split == Split::kNone) plan.reason = "one thread per direction";
+      plan.threads *= 2;
+    }
+  };
+  if (machine.forced) {
+    const char* obstacle = question.cannot(*machine.forced);
+    plan.against[int(*machine.forced)] = obstacle;
+    plan.possible = !obstacle;
+    if (plan.possible) take(*machine.forced, "forced");
+    return plan;
+  }
+  bool fits[kSplits];
+  for (int i = 0; i < kSplits; ++i) {
+    plan.against[i] = question.cannot(Split(i));
+    if (!plan.against[i]) plan.against[i] = question.not_worth(Split(i));
+    fits[i] = !plan.against[i];
+  }
+  // High tiles and no waiting first; then what shares a step's weights among the caches of the
+  // cores; layers where a step is too little work for that; low tiles last.
+  const bool high = s.steps.B >= kRowsWorthAThread * question.threads;
+  const Split order[] = {high ? Split::kRows : Split::kUnits, Split::kUnits, Split::kLayers,
+                         Split::kRows};
+  for (const Split split : order)
+    if (fits[int(split)]) {
+      take(split, kReasons[int(split)]);
+      for (int i = 0; i < kSplits; ++i)
+        if (Split(i) != split && !plan.against[i]) plan.against[i] = "another split is faster here";
+      return plan;
+    }
+  take(Split::kNone, machine.threads < 2 ? "one thread is allowed" : "no split of the work pays");
+  return plan;
 }
 
-Plan split(const Stack& s, int64_t gates, int max_threads, double work) {
-  const double per_row = 2.0 * double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
-  const double sequence =
-      work * per_row * double(s.steps.N) / kFlopsPerMicrosecond;  // us, one layer and direction
-  const double step = sequence / double(std::max<int64_t>(s.steps.T, 1));
+bool worth_packing(int64_t elements, int64_t rows, const Machine& machine) {
+  return rows >= (4 * elements > machine.l2 ? kRowsWorthPackingLarge : kRowsWorthPacking);
+}
 
-  Plan plan;
-  const int64_t w_ih = gates * s.H * s.input_size(s.layers - 1), w_hh = gates * s.H * s.R;
-  plan.pack_ih = worth_packing(w_ih, s.steps.N);
-  plan.pack_hh = worth_packing(w_hh, s.steps.N);
-  if (max_threads <= 1) {
-    plan.reason = "one thread is allowed";
-    return plan;
-  }
-  if (sequence * double(s.dirs) < kWorthARegion) {
-    plan.reason = "the whole sequence is less work than starting threads";
-    return plan;
-  }
-  // Threads per direction. Fewer threads than directions: one thread walks both.
-  const int per_dir = int(std::max<int64_t>(1, max_threads / s.dirs));
-  const int64_t unit_blocks = pad_units(s.H) / kUnitPad;
-  if (s.steps.B >= 8 * per_dir || (s.projected() && s.steps.B >= 2)) {
-    plan.split = Split::kRows;
-    plan.threads = int(std::min<int64_t>(per_dir, s.steps.B));
-    plan.reason = "each thread has sequences of its own";
-  } else if (!s.projected() && step / per_dir >= kWorthABarrier && unit_blocks >= 2) {
-    plan.split = Split::kUnits;
-    plan.threads = int(std::min<int64_t>(per_dir, unit_blocks));
-    plan.reason = "each thread has units of its own, with a barrier per step";
-  } else if (s.steps.B >= 2) {
-    plan.split = Split::kRows;
-    plan.threads = int(std::min<int64_t>(per_dir, s.steps.B));
-    plan.reason = "a step is less work than a barrier, so each thread has sequences of its own";
-  } else {
-    plan.reason = "a step is less work than a barrier, and there is one sequence";
-  }
-  if (plan.threads == 1) plan.split = Split::kNone;
-  if (s.dirs == 2 && max_threads >= 2) {
-    plan.threads *= 2;
-    if (plan.split == Split::kNone) plan.reason = "one thread per direction";
-  }
-  return plan;
+void choose_packing(const Stack& s, int64_t gates, const Machine& machine, Plan& plan) {
+  plan.pack_ih = worth_packing(gates * s.H * s.input_size(s.layers - 1), s.steps.N, machine);
+  plan.pack_hh = worth_packing(gates * s.H * s.R, s.steps.N, machine);
+}
+
+int64_t wavefront_chunk(const Stack& s, const Plan& plan) {
+  return std::min(plan.chunk_steps,
+                  std::max(kWavefrontSteps, ceil_div(s.steps.T, kWavefrontChunks)));
+}
+
+std::atomic<int> forced_split{-1};
+
+int64_t cache_size(int name, int64_t otherwise) {
+  const long size = sysconf(name);
+  return size > 0 ? size : otherwise;
 }
 
 }  // namespace
 
-Plan plan_forward(const Stack& stack, int64_t gates, int max_threads) {
-  Plan plan = split(stack, gates, max_threads, 1.0);
+Machine this_machine(int threads) {
+  static constexpr Split kAll[kSplits] = {Split::kNone, Split::kRows, Split::kUnits,
+                                          Split::kLayers};
+  static const Machine caches = {1, cache_size(_SC_LEVEL2_CACHE_SIZE, Machine{}.l2),
+                                 cache_size(_SC_LEVEL3_CACHE_SIZE, Machine{}.l3)};
+  Machine machine = caches;
+  machine.threads = threads;
+  const int forced = forced_split.load(std::memory_order_relaxed);
+  if (forced >= 0) machine.forced = &kAll[forced];
+  return machine;
+}
+
+void force_split(const Split* split) {
+  forced_split.store(split ? int(*split) : -1, std::memory_order_relaxed);
+}
+
+Plan plan_forward(const Stack& stack, int64_t gates, const Machine& machine) {
+  Plan plan = choose(stack, gates, machine, 1.0);
+  choose_packing(stack, gates, machine, plan);
   const int64_t B = stack.steps.B, T = stack.steps.T;
-  // One sequence reads W_hh once per step either way; from beyond L2, rows come as fast as panels.
-  if (B == 1 && gates * stack.H * stack.R > kLarge) plan.pack_hh = false;
-  if (plan.split == Split::kUnits) {
-    plan.chunk_steps = chunk_steps(T, B, kForwardChunkRows);
-    return plan;
+  if (B == 1) {
+    const int64_t bytes = 4 * gates * stack.H * stack.R;
+    plan.pack_hh = T >= kStepsWorthPacking && bytes < machine.l3 / 2;
   }
-  const int64_t members = std::max<int64_t>(1, team_of(plan.threads, stack.dirs, 0).size());
-  plan.blocks = int(std::max<int64_t>(1, ceil_div(B, members * kForwardChunkRows)));
-  plan.chunk_steps = chunk_steps(T, ceil_div(B, members * plan.blocks), kForwardChunkRows);
+  int64_t rows = B;
+  if (plan.split == Split::kNone || plan.split == Split::kRows) {
+    const int64_t members = std::max<int64_t>(1, team_of(plan.threads, stack.dirs, 0).size());
+    plan.blocks = int(std::max<int64_t>(1, ceil_div(B, members * kForwardRows)));
+    rows = ceil_div(B, members * plan.blocks);
+  }
+  plan.chunk_steps = chunk_steps(T, rows, kForwardRows);
+  if (plan.split == Split::kLayers) plan.chunk_steps = wavefront_chunk(stack, plan);
   return plan;
 }
 
-Plan plan_backward(const Stack& stack, int64_t gates, int max_threads) {
-  Plan plan = split(stack, gates, max_threads, 2.0);
-  // The sums over time depend on the chunks, hence nothing here may depend on the threads.
-  plan.blocks = int(std::max<int64_t>(1, ceil_div(stack.steps.B, kBackwardChunkRows)));
+Plan plan_backward(const Stack& stack, int64_t gates, const Machine& machine) {
+  Plan plan = choose(stack, gates, machine, 2.0);
+  choose_packing(stack, gates, machine, plan);
+  plan.blocks = int(std::max<int64_t>(1, ceil_div(stack.steps.B, kBackwardRows)));
   plan.chunk_steps =
-      chunk_steps(stack.steps.T, ceil_div(stack.steps.B, plan.blocks), kBackwardChunkRows);
+      chunk_steps(stack.steps.T, ceil_div(stack.steps.B, plan.blocks), kBackwardRows);
+  if (stack.layers > 1 && stack.dirs == 1) plan.chunk_steps = wavefront_chunk(stack, plan);
   return plan;
 }
 

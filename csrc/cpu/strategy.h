@@ -7,27 +7,48 @@
 
 namespace fused_rnn::cpu {
 
-// How the members of a team share one direction of one layer.
+// How threads share a stack. Two directions always have a team each where there are two threads;
+// the split says how the members of a team share a direction.
 enum class Split {
-  kNone,   // one thread
-  kRows,   // each member has some sequences and all units: no waiting inside the sequence
-  kUnits,  // each member has some units of every sequence: one barrier per step
+  kNone,    // one thread
+  kRows,    // each member has some sequences and all units: no waiting inside the sequence
+  kUnits,   // each member has some units of every sequence: one barrier per step
+  kLayers,  // each thread has some layers, and follows the layer below by a chunk of steps
+};
+constexpr int kSplits = 4;
+constexpr const char* kSplitNames[kSplits] = {"none", "rows", "units", "layers"};
+
+// What a choice may depend on besides the problem.
+struct Machine {
+  int threads = 1;
+  int64_t l2 = 1 << 20;  // bytes, of a core
+  int64_t l3 = 1 << 25;  // bytes, of all cores together
+  const Split* forced = nullptr;
 };
 
+// This machine, with the split that force_split() has set.
+Machine this_machine(int threads);
+// Null: choose freely.
+void force_split(const Split* split);
+
 struct Plan {
-  int threads = 1;  // in all; directions share them evenly
+  int threads = 1;  // in all
   Split split = Split::kNone;
   int blocks = 1;        // of sequences, walked one after another through all of time
   bool pack_ih = false;  // repack the weights for the tile, or read them as they are
   bool pack_hh = false;
   int64_t chunk_steps = 1;  // steps whose input product is made at once
   const char* reason = "";
+  // Why the others were passed over, null for the chosen one.
+  const char* against[kSplits] = {};
+  // Whether the forced split can run at all: where not, against[] says why.
+  bool possible = true;
 };
 
 // `gates` counts rows of weight_hh per unit.
-Plan plan_forward(const Stack& stack, int64_t gates, int max_threads);
-// The same split serves backward; its chunks are those of the weight-gradient products.
-Plan plan_backward(const Stack& stack, int64_t gates, int max_threads);
+Plan plan_forward(const Stack& stack, int64_t gates, const Machine& machine);
+// What is summed over time does not depend on the number of threads.
+Plan plan_backward(const Stack& stack, int64_t gates, const Machine& machine);
 
 struct Range {
   int64_t begin;

@@ -18,6 +18,16 @@ inline void pause() {
 #endif
 }
 
+template <class Condition>
+void wait_until(Condition holds) {
+  for (int i = 0; !holds(); ++i) {
+    if (i < kPauses)
+      pause();
+    else
+      sched_yield();
+  }
+}
+
 }  // namespace
 
 void Barrier::wait(int arrivals) {
@@ -28,12 +38,11 @@ void Barrier::wait(int arrivals) {
     __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
     return;
   }
-  for (int i = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++i) {
-    if (i < kPauses)
-      pause();
-    else
-      sched_yield();
-  }
+  wait_until([&] { return __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) != phase; });
+}
+
+void Progress::wait_for(int steps) const {
+  wait_until([&] { return __atomic_load_n(&steps_, __ATOMIC_ACQUIRE) >= steps; });
 }
 
 }  // namespace fused_rnn::cpu

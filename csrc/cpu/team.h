@@ -18,4 +18,14 @@ class Barrier {
   alignas(64) unsigned phase_ = 0;
 };
 
+// How far a thread has come, for those that follow it.
+class Progress {
+ public:
+  void advance() { __atomic_fetch_add(&steps_, 1, __ATOMIC_RELEASE); }
+  void wait_for(int steps) const;
+
+ private:
+  alignas(64) int steps_ = 0;
+};
+
 }  // namespace fused_rnn::cpu

@@ -1,0 +1,75 @@
+"""How threads share a call on the CPU: what is chosen and why, and how to choose otherwise.
+
+    none    one thread, or one for each direction
+    rows    each thread has some sequences: no waiting inside a sequence
+    units   each thread has some units of every sequence, with a barrier per step
+    layers  each thread has some layers, and follows the layer below by a chunk of steps
+
+Two directions have a team of threads each, which shares its direction in one of these ways. The
+results are the same bits in all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypedDict
+
+from . import ops
+
+
+class Plan(TypedDict):
+    split: str  # one of the words above
+    threads: int  # in all directions together
+    blocks: int  # of sequences, walked one after another through all of time
+    pack_ih: bool  # whether W_ih is repacked for the tile, or read as it is
+    pack_hh: bool
+    chunk_steps: int  # steps whose input product is made at once
+    possible: bool  # False where a forced split cannot run
+    reason: str
+    against: dict[str, str]  # why each other split was passed over
+
+
+def describe(plan: Plan) -> str:
+    """The plan in a sentence: what was chosen and why, and why the others were not."""
+    others = "".join(f"; not {split}: {why}" for split, why in plan["against"].items())
+    packed = [name for name in ("W_ih", "W_hh") if plan[f"pack_{name[2:]}"]]  # type: ignore[literal-required]
+    return (
+        f"{plan['split']}, {plan['threads']} thread{'s' * (plan['threads'] > 1)}: "
+        f"{plan['reason']}{others} (packed: {' and '.join(packed) or 'nothing'}; "
+        f"{plan['blocks']} block{'s' * (plan['blocks'] > 1)} of sequences, "
+        f"{plan['chunk_steps']} step{'s' * (plan['chunk_steps'] > 1)} at once)"
+    )
+
+
+@contextmanager
+def force_split(split: str | None) -> Iterator[None]:
+    """Within this context, threads share every call as told, in the whole process.
+
+    For measuring and for tests; the environment variable FUSED_RNN_SPLIT does the same for a whole
+    run. None leaves the choice to the library.
+
+    Args:
+        split: "none", "rows", "units", "layers" or None (see `fused_rnn.strategy`).
+
+    Raises:
+        ValueError: there is no such split.
+        RuntimeError: at a call that cannot be split so, with the sentence that the log
+            (`logging.getLogger("fused_rnn.strategy")`, level DEBUG) has for it.
+    """
+    if not ops.available:
+        raise RuntimeError(f"fused_rnn.force_split: {ops.unavailable_reason}")
+    from . import _C
+
+    before = _C.force_split(split)
+    try:
+        yield
+    finally:
+        _C.force_split(before)
+
+
+if ops.available and "FUSED_RNN_SPLIT" in os.environ:
+    from . import _C
+
+    _C.force_split(os.environ["FUSED_RNN_SPLIT"])

@@ -1,0 +1,208 @@
+"""How threads share a call: the choice as a function of sizes, its reasons, and forcing another."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from scans import assert_same, everything, make_arguments
+
+import fused_rnn
+from fused_rnn import strategy
+from fused_rnn.strategy import Plan
+
+_C = pytest.importorskip("fused_rnn._C")
+SPLITS = ("none", "rows", "units", "layers")
+MIB = 1 << 20
+
+
+def plan(T: int, B: int, H: int, **options: Any) -> Plan:
+    return _C.strategy("lstm", T, B, H, H, **{"threads": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("split", "sizes", "options"),
+    [
+        ("none", (1, 1, 8), {}),
+        ("none", (1, 1, 8), {"directions": 2}),
+        ("none", (100, 1, 64), {"threads": 1}),
+        ("none", (100, 1, 32), {}),
+        ("rows", (50, 16, 128), {}),
+        ("rows", (100, 2, 32), {}),
+        ("rows", (50, 3, 512), {"proj": 64}),
+        ("units", (50, 1, 256), {}),
+        ("units", (50, 8, 256), {}),
+        ("units", (50, 8, 256), {"directions": 2, "threads": 4}),
+        ("units", (1, 1, 1024), {}),
+        ("layers", (500, 1, 64), {"layers": 2}),
+        ("rows", (500, 32, 64), {"layers": 2}),
+        ("none", (20, 1, 64), {"layers": 2}),
+        ("none", (500, 1, 64), {"layers": 2, "directions": 2}),
+    ],
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_split_that_is_chosen(
+    split: str, sizes: tuple[int, int, int], options: dict[str, Any], backward: bool
+) -> None:
+    chosen = plan(*sizes, **options, backward=backward)
+    assert chosen["split"] == split
+    assert chosen["possible"]
+    assert chosen["reason"]
+    # The others have a reason against them; against one thread there is none but that a split pays.
+    others = {"rows", "units", "layers"} - {split}
+    assert set(chosen["against"]) - {"none"} == others
+    assert split in strategy.describe(chosen)
+
+
+def test_two_directions_have_a_thread_each_where_the_call_is_worth_it() -> None:
+    assert plan(100, 1, 32, directions=2)["threads"] == 2
+    assert plan(1, 1, 8, directions=2)["threads"] == 1
+    assert plan(100, 1, 32, directions=2, threads=1)["threads"] == 1
+    assert plan(50, 64, 128, directions=2, threads=8)["threads"] == 8
+    assert plan(50, 64, 128, directions=2, threads=7)["threads"] == 6
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_no_more_threads_than_there_are_parts(threads: int) -> None:
+    for sizes, options in (((9, 3, 20), {}), ((50, 1, 256), {}), ((500, 1, 64), {"layers": 3})):
+        for split in SPLITS:
+            with fused_rnn.force_split(split):
+                chosen = plan(*sizes, threads=threads, **options)
+            parts = {"none": 1, "rows": sizes[1], "units": -(-sizes[2] // 16), "layers": 3}[split]
+            assert 1 <= chosen["threads"] <= min(threads, parts)
+
+
+def test_large_batches_are_walked_in_blocks() -> None:
+    assert plan(10, 64, 64, threads=1)["blocks"] == 1
+    assert plan(10, 1797, 64, threads=1)["blocks"] == 29
+    assert plan(10, 1797, 64, threads=2)["blocks"] == 15
+    assert plan(10, 1797, 64)["chunk_steps"] == 1
+    assert plan(10, 4, 64, threads=1)["chunk_steps"] == 10
+
+
+@pytest.mark.parametrize("B", [1, 7, 300, 1797])
+def test_the_sums_over_time_do_not_know_the_threads(B: int) -> None:
+    plans = [plan(70, B, 96, threads=n, layers=2, backward=True) for n in (1, 2, 3, 8, 64)]
+    kept = ("blocks", "chunk_steps", "pack_ih", "pack_hh")
+    assert len({tuple(p[key] for key in kept) for p in plans}) == 1
+
+
+def test_packing_looks_at_the_caches() -> None:
+    # One sequence: packed weights stream faster from L2 and L3, but not from memory.
+    assert plan(50, 1, 512, l3=32 * MIB)["pack_hh"]
+    assert not plan(50, 1, 512, l3=4 * MIB)["pack_hh"]
+    assert not plan(10, 1, 512, l3=32 * MIB)["pack_hh"]
+    # Few rows of a weight beyond L2 do not pay for the copy.
+    assert plan(10, 2, 256, l2=2 * MIB)["pack_hh"]
+    assert not plan(10, 2, 256, l2=MIB // 2)["pack_hh"]
+
+
+FORCED = [
+    ((40, 1, 5, 33), {"layers": 3}),
+    ((100, 3, 40, 20), {"layers": 2}),
+    ((37, 20, 9, 48), {"layers": 4}),
+    ((7, 300, 5, 20), {"layers": 2}),
+    ((12, 20, 9, 48), {"bidirectional": True}),
+    ((0, 0, 6, 40), {"batch_sizes": (9, 9, 7, 7, 3, 3, 1), "layers": 3}),
+]
+
+
+@pytest.mark.parametrize("cell", sorted(_C.cells()))
+@pytest.mark.parametrize(("sizes", "options"), FORCED, ids=str)
+def test_every_split_gives_the_same_bits(
+    cell: str, sizes: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    args = make_arguments(cell, *sizes, **options)
+    torch.set_num_threads(1)
+    expected = everything(args)
+    ran = 0
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        for split in SPLITS:
+            with fused_rnn.force_split(split):
+                try:
+                    actual = everything(args)
+                except RuntimeError as error:
+                    assert f"the split '{split}' is forced, but " in str(error)  # noqa: PT017
+                    continue
+            assert_same(actual, expected)
+            ran += 1
+    assert ran >= 4
+
+
+@pytest.mark.parametrize(
+    ("split", "threads", "shape", "options", "why"),
+    [
+        ("rows", 2, (5, 1, 6), {}, "there is one sequence"),
+        ("units", 2, (5, 4, 6), {}, "there are too few units"),
+        ("units", 2, (5, 4, 64), {"proj_size": 8}, "a projection reads all units of a step"),
+        ("layers", 2, (5, 4, 6), {}, "there is one layer"),
+        ("layers", 2, (5, 4, 6), {"num_layers": 2, "bidirectional": True}, "a layer starts after both directions of the one below"),
+        ("rows", 1, (5, 4, 6), {}, "there is one thread per direction"),
+    ],
+)
+def test_a_forced_split_that_cannot_run_says_what_the_log_says(
+    split: str,
+    threads: int,
+    shape: tuple[int, int, int],
+    options: dict[str, Any],
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.set_num_threads(threads)
+    T, B, H = shape
+    layer = fused_rnn.LSTM(3, H, **options)
+    x = torch.randn(T, B, 3)
+    with caplog.at_level(logging.DEBUG, "fused_rnn"):
+        layer(x)
+    assert f"not {split}: {why}" in caplog.text
+    with (
+        fused_rnn.force_split(split),
+        pytest.raises(RuntimeError, match=f"the split '{split}' is forced, but {why}"),
+    ):
+        layer(x)
+    layer(x)
+
+
+def test_the_log_tells_both_ways_and_only_when_asked(caplog: pytest.LogCaptureFixture) -> None:
+    torch.set_num_threads(2)
+    layer = fused_rnn.GRU(8, 40)
+    layer(torch.randn(30, 20, 8))
+    assert not caplog.records
+    with caplog.at_level(logging.DEBUG, "fused_rnn"):
+        layer(torch.randn(30, 20, 8))
+    texts = [record.getMessage() for record in caplog.records if "strategy" in record.name]
+    assert [text.split(":")[0] for text in texts] == [
+        "gru forward T=30 B=20 I=8 H=40",
+        "gru backward T=30 B=20 I=8 H=40",
+    ]
+    assert all("rows, 2 threads: each thread has sequences of its own" in text for text in texts)
+
+
+def test_an_unknown_split_is_refused_and_the_choice_returns() -> None:
+    with pytest.raises(ValueError, match="none, rows, units, layers or None, got 'columns'"):
+        fused_rnn.force_split("columns").__enter__()
+    with fused_rnn.force_split("units"):
+        with fused_rnn.force_split(None):
+            assert plan(50, 16, 128)["split"] == "rows"
+        assert plan(50, 16, 128)["split"] == "units"
+    assert plan(50, 16, 128)["split"] == "rows"
+
+
+def test_the_environment_forces_a_split() -> None:
+    code = (
+        "import fused_rnn; print(fused_rnn._C.strategy('lstm', 50, 16, 9, 64, threads=2)['split'])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FUSED_RNN_SPLIT": "units"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == "units"
