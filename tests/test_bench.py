@@ -6,9 +6,12 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from contextlib import closing
 from itertools import product
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
 from fused_rnn.bench import __main__ as cli
-from fused_rnn.bench import measure, report
-from fused_rnn.bench.measure import DisagreementError, Result
+from fused_rnn.bench import measure, peers, report, sides, work
+from fused_rnn.bench.measure import TORCH, DisagreementError, Result
 from fused_rnn.bench.shapes import CELLS, GRID, PROGRAMS, SUITES, Shape
 
 ENVIRONMENT = report.Environment(
@@ -39,7 +42,9 @@ TINY = (
 def result(speedup: float, **changes: Any) -> Result:
     """A measurement of 10 ms against torch.nn's 10 ms * speedup."""
     quartiles = {"q25": 0.9 * speedup, "q75": 1.1 * speedup}
-    r = Result(SHAPE, "training", 1, "float32", 10 * speedup, 10.0, speedup, 0, 0, 7, 1e-7, 1e-6)
+    r = Result(
+        SHAPE, "training", 1, "float32", TORCH, 10 * speedup, 10.0, speedup, 0, 0, 7, 1e-7, 1e-6
+    )
     return dataclasses.replace(r, **quartiles | changes)
 
 
@@ -75,31 +80,31 @@ def test_suites_hold_what_they_promise() -> None:
     assert set(SUITES["quick"]) < set(SUITES["all"])
 
 
-@pytest.mark.parametrize("mode", measure.MODES)
+@pytest.mark.parametrize("mode", work.MODES)
 @pytest.mark.parametrize("shape", TINY, ids=lambda shape: f"{shape.cell} {shape.sizes}")
 def test_every_kind_of_shape_is_measured(shape: Shape, mode: str) -> None:
     r = measure.measure(shape, mode, "float32", budget=0.01)
-    assert r.pairs >= measure.LEAST_PAIRS
+    assert r.pairs >= sides.LEAST_PAIRS
     assert 0 < r.q25 <= r.speedup <= r.q75
-    assert min(r.torch_ms, r.fused_ms) > 0
+    assert min(r.peer_ms, r.fused_ms) > 0
     assert r.max_rel_diff < 1e-5
     assert r.threads == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("dtype", measure.DTYPES)
+@pytest.mark.parametrize("dtype", work.DTYPES)
 def test_every_dtype_is_measured(dtype: str) -> None:
     assert measure.measure(SHAPE, "training", dtype, budget=0.01).dtype == dtype
 
 
 def test_inputs_are_as_the_shape_says() -> None:
-    strided = measure._arguments(TINY[1], torch.float32, training=True)
+    strided = work._arguments(TINY[1], torch.float32, training=True)
     assert strided.leaf.shape == (3, 4, 5)
     assert not strided.leaf.is_contiguous()
     assert strided.input is strided.leaf
     assert strided.leaf.is_leaf
 
     ragged = Shape("ragged", "LSTM", 50, 20, 3, 4, packed=True, state=True)
-    packed = measure._arguments(ragged, torch.float32, training=False)
+    packed = work._arguments(ragged, torch.float32, training=False)
     assert isinstance(packed.input, PackedSequence)
     assert len(packed.input.batch_sizes) == 50
     assert 0.3 < len(packed.leaf) / (50 * 20) < 0.7
@@ -125,9 +130,9 @@ def with_gradient_of_half(output: torch.Tensor, state: Any) -> Any:
 @pytest.mark.parametrize(
     ("spoil", "modes"),
     [
-        (lambda output, state: (output * 1.001, state), measure.MODES),
-        (lambda output, state: (output, (state[0], state[1] + 0.01)), measure.MODES),
-        (lambda output, state: (output * float("nan"), state), measure.MODES),
+        (lambda output, state: (output * 1.001, state), work.MODES),
+        (lambda output, state: (output, (state[0], state[1] + 0.01)), work.MODES),
+        (lambda output, state: (output * float("nan"), state), work.MODES),
         (lambda output, state: (output[:-1], state), ("inference",)),
         (with_gradient_of_half, ("training",)),
     ],
@@ -136,7 +141,7 @@ def with_gradient_of_half(output: torch.Tensor, state: Any) -> Any:
 def test_a_wrong_layer_is_not_timed(
     spoil: Any, modes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_alternate", lambda *_, **__: pytest.fail("was timed"))
+    monkeypatch.setattr(sides, "alternate", lambda *_, **__: pytest.fail("was timed"))
     for mode in modes:
         with pytest.raises(DisagreementError, match=f"tiny: LSTM T4 B3 I5 H6, {mode}"):
             measure.measure(SHAPE, mode, "float32", 0.0, lstm_that(spoil))
@@ -148,9 +153,124 @@ def test_the_two_sides_take_turns() -> None:
     def side(name: str, seconds: float) -> Any:
         return lambda: calls.append(name) or seconds
 
-    times = measure._alternate([side("torch", 2.0), side("fused", 1.0)], 0.0, at_least=3)
+    times = sides._rounds([side("torch", 2.0), side("fused", 1.0)], 0.0, at_least=3)
     assert calls == ["torch", "fused"] * 3
     assert times == [(2.0, 1.0)] * 3
+
+
+KINDS = (
+    {},
+    {"L": 2, "D": 2, "batch_first": True, "strided": True, "state": True},
+    {"packed": True, "state": True},
+    {"packed": True, "batch_first": True, "D": 2},
+    {"batch_first": True},
+)
+ONNX_SHAPES = (
+    *(Shape("tiny", cell, 4, 3, 5, 6, **kind) for cell in CELLS for kind in KINDS),
+    *(Shape("tiny", f"{cell}Cell", 1, 2, 5, 6, state=cell != "GRU") for cell in CELLS),
+)
+
+
+@pytest.mark.parametrize("peer", peers.BUILDERS)
+@pytest.mark.parametrize("shape", ONNX_SHAPES, ids=lambda shape: f"{shape.cell} {shape.sizes}")
+def test_a_peer_computes_what_we_do(shape: Shape, peer: str) -> None:
+    for package in ("onnx", peer):
+        pytest.importorskip(package)
+    timer, theirs = peers.BUILDERS[peer](shape, 1)
+    _, ours = peers.ours(shape, "inference", "float32", 1)
+    assert measure._agree(ours, theirs, shape, "inference", "float32", peer)[1] < 1e-5
+    assert timer() > 0
+
+
+def test_a_peer_is_measured_in_a_process_of_its_own() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    jobs = measure.jobs(TINY[2:4], work.MODES, ["onnxruntime"])
+    assert [mode for _, mode, _ in jobs] == ["inference"] * 2
+    for (shape, *_), r in zip(jobs, measure.measure_all(jobs, [2], "float32", 0.01), strict=True):
+        assert isinstance(r, Result)
+        assert (r.shape, r.threads, r.peer) == (shape, 2, "onnxruntime")
+        assert r.pairs >= sides.LEAST_PAIRS
+        assert min(r.peer_ms, r.fused_ms) > 0
+
+
+def process_and_threads(threads: int) -> Any:
+    found = torch.tensor([os.getpid(), torch.get_num_threads(), threads])
+    return (lambda: 1e-3), [found]
+
+
+def test_a_side_has_a_process_and_its_number_of_threads() -> None:
+    with closing(sides.Side(3)) as side:
+        (found,) = side.load(process_and_threads)
+        assert found[1:].tolist() == [3, 3]
+        assert int(found[0]) != os.getpid()
+        assert sides.take_turns([side, side], 0.0) == [(1e-3, 1e-3)] * sides.LEAST_PAIRS
+
+
+def test_a_turn_is_the_mean_of_its_calls_after_one_that_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = iter([100.0, 1.0, 2.0, 6.0])
+    monkeypatch.setattr(sides, "_timer", lambda: next(seconds))
+    assert sides._time(3) == 3.0
+
+
+def test_a_turn_ends_when_the_threads_are_idle() -> None:
+    busy = perf_counter() + 0.03
+
+    def spin() -> None:
+        while perf_counter() < busy:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    sides._rest()
+    assert perf_counter() >= busy
+    thread.join()
+
+
+class HereAndWrong(sides.Side):
+    """A side without a process, which errs when it is a peer."""
+
+    def load(self, build: Any, *arguments: Any) -> list[torch.Tensor]:
+        if build is peers.ours:
+            return build(*arguments, 1)[1]
+        return [result + 0.01 for result in peers.ours(*arguments, "inference", "float32", 1)[1]]
+
+
+def test_a_peer_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "Side", HereAndWrong)
+    monkeypatch.setattr(sides, "take_turns", lambda *_: pytest.fail("was timed"))
+    jobs = measure.jobs([SHAPE], ["inference"], ["openvino"])
+    (outcome,) = measure.measure_all(jobs, [1], "float32", 0.0)
+    assert isinstance(outcome, DisagreementError)
+    assert "fused_rnn and openvino differ" in str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--peer openvino --dtype float64", "openvino is measured in float32 only"),
+        ("--peer onnxruntime --mode training", "onnxruntime can be measured in inference only"),
+    ],
+)
+def test_what_a_peer_cannot_do_is_said(
+    words: str, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "missing", lambda _: [])
+    assert cli.main(words.split()) == 2
+    assert sentence in capsys.readouterr().out
+
+
+def test_a_missing_peer_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
+    assert cli.main(["--peer", "torch", "openvino"]) == 2
+    assert (
+        "openvino needs onnx and openvino: pip install 'fused_rnn[bench]'"
+        in capsys.readouterr().out
+    )
 
 
 def die(*_: Any) -> None:
@@ -160,7 +280,7 @@ def die(*_: Any) -> None:
 def test_a_crash_names_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_outcome", die)
     with pytest.raises(RuntimeError, match=f"the process died in {SHAPE.label}, training"):
-        list(measure.measure_all([(SHAPE, "training")], [1], "float32", 0.0))
+        list(measure.measure_all([(SHAPE, "training", TORCH)], [1], "float32", 0.0))
 
 
 def test_csv_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -169,21 +289,54 @@ def test_csv_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert report.read(Path(path)) == (ENVIRONMENT, results)
 
 
+OLD_FILE = """\
+name,cell,T,B,I,H,L,D,batch_first,packed,strided,state,dropout,mode,threads,dtype,torch_ms,\
+fused_ms,speedup,q25,q75,pairs,max_abs_diff,max_rel_diff,machine,torch,fused_rnn,isa,date,command
+tiny,LSTM,4,3,5,6,1,1,False,False,False,False,0.0,training,1,float32,20.0,10.0,2.0,1.8,2.2,7,\
+1e-07,1e-06,"A Machine, 2 CPUs",2.13.0,0.1.0,avx2,2026-01-02T03:04:05,"bench 'x, y'"
+"""
+
+
+def test_a_file_from_before_there_were_peers_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.csv"
+    path.write_text(OLD_FILE, encoding="utf-8")
+    assert report.read(path) == (ENVIRONMENT, [result(2.0)])
+
+
+def test_every_peer_has_its_tables_and_panels(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = [result(2.0), result(0.5, mode="inference", peer="onnxruntime")]
+    path = write(tmp_path / "x.csv", results)
+    assert cli.main(["--load", path]) == 0
+    page = (tmp_path / "x.md").read_text(encoding="utf-8")
+    assert "# fused_rnn against torch.nn and onnxruntime, 2026-01-02" in page
+    assert "### inference, 1 thread, against onnxruntime" in page
+    assert "### training, 1 thread, against torch.nn" in page
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_summary_has_the_geometric_mean_and_the_worst_shape() -> None:
     other = dataclasses.replace(SHAPE, B=7)
     gru = dataclasses.replace(SHAPE, cell="GRU")
     results = [result(1.0), result(4.0, shape=other), result(3.0, shape=gru)]
-    assert report.summary(results).rows == [
-        ("LSTM", "training", "1", "2", "2.00x", "1.00x", SHAPE.label),
-        ("GRU", "training", "1", "1", "3.00x", "3.00x", gru.label),
+    results += [result(0.5, peer="onnxruntime")]
+    table = report.summary(results)
+    assert table.title == "Speed-up over torch.nn and onnxruntime"
+    assert table.rows == [
+        ("LSTM", "training", "1", TORCH, "2", "2.00x", "1.00x", SHAPE.label),
+        ("GRU", "training", "1", TORCH, "1", "3.00x", "3.00x", gru.label),
+        ("LSTM", "training", "1", "onnxruntime", "1", "0.50x", "0.50x", SHAPE.label),
     ]
 
 
 def test_comparison_pairs_equal_measurements_only() -> None:
     new = [result(2.0, fused_ms=5.0), result(2.0, threads=2), result(2.0, shape=TINY[1])]
+    new += [result(2.0, peer="openvino")]
     old = [result(1.0, fused_ms=20.0), result(1.0, mode="inference"), result(1.0, dtype="float64")]
     table = report.comparison(new, old)
-    assert table.rows == [(SHAPE.label, "training", "1", "20", "5", "4.00x", "1.00x", "2.00x")]
+    assert table.rows == [
+        (SHAPE.label, "training", "1", TORCH, "20", "5", "4.00x", "1.00x", "2.00x")
+    ]
     assert table.title.startswith("1 measurements in common")
     assert "4.00x" in table.title
 
@@ -213,19 +366,19 @@ def test_different_results_are_told_and_fail_the_run(
     assert len(report.read(page.with_suffix(".csv"))[1]) == 1
 
 
-def test_from_the_command_line_to_csv_page_and_plot(tmp_path: Path) -> None:
+def test_from_the_command_line_to_csv_page_and_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = "--filter cost.*(LSTM|GRU) --budget 0.01 --threads 1 2 --machine Box --out".split()
-    command = [sys.executable, "-m", "fused_rnn.bench", *words, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8/8" in done.stdout
+    assert cli.main([*words, str(tmp_path)]) == 0
+    assert "8/8" in capsys.readouterr().out
 
     (path,) = tmp_path.glob("*-box-quick-filtered.csv")
     environment, results = report.read(path)
     assert environment.machine == "Box"
     assert "--filter 'cost.*(LSTM|GRU)'" in environment.command
     measured = {(r.shape.cell, r.mode, r.threads) for r in results}
-    assert measured == set(product(("LSTM", "GRU"), measure.MODES, (1, 2)))
+    assert measured == set(product(("LSTM", "GRU"), work.MODES, (1, 2)))
     page = path.with_suffix(".md").read_text(encoding="utf-8")
     assert page.count("cost of a call: GRU T1 B1 I8 H8") >= 4
     assert f"({path.with_suffix('.png').name})" in page
@@ -240,11 +393,14 @@ def test_a_part_of_a_suite_does_not_take_its_file() -> None:
     assert name("--suite", "all", "--mode", "inference", "training") == "all"
     assert name("--cell", "gru", "--mode", "training") == "quick-gru-training"
     assert name("--dtype", "bfloat16", "--filter", "x") == "quick-bfloat16-filtered"
+    assert name("--peer", "torch", "openvino") == "quick-torch.nn-openvino"
 
 
-def test_list_prints_the_selected_labels(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--list", "--suite", "programs", "--cell", "gru", "--filter", "OCR"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+def test_list_prints_the_selected_labels() -> None:
+    words = ["--list", "--suite", "programs", "--cell", "gru", "--filter", "OCR"]
+    command = [sys.executable, "-m", "fused_rnn.bench", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines() == [
         "line OCR: GRU T160 B1 I192 H128 D2 batch_first strided",
         "line OCR: GRU T160 B24 I192 H128 D2 batch_first strided",
     ]

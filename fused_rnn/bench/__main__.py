@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from fused_rnn import ops
-from fused_rnn.bench import report
-from fused_rnn.bench.measure import DTYPES, MODES, Result, measure_all
+from fused_rnn.bench import peers, report
+from fused_rnn.bench.measure import PEERS, TORCH, Job, Result, jobs, measure_all
 from fused_rnn.bench.shapes import CELLS, SUITES, Shape
+from fused_rnn.bench.work import DTYPES, MODES
 
 try:
     from rich import box
@@ -29,7 +30,7 @@ except ImportError:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fused_rnn.bench",
-        description="Times fused_rnn against torch.nn on the CPU and leaves a CSV with every "
+        description="Times fused_rnn against its peers on the CPU and leaves a CSV with every "
         "measurement, a page (.md) and a plot (.png). Exits with 1 if results disagree.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -38,6 +39,15 @@ def parser() -> argparse.ArgumentParser:
     add("--cell", nargs="+", choices=[c.lower() for c in CELLS], help="only these cells")
     add("--filter", type=re.compile, metavar="REGEX", help="only shapes whose label matches")
     add("--list", action="store_true", help="print the labels of the shapes and stop")
+    add(
+        "--peer",
+        nargs="+",
+        choices=PEERS,
+        default=[TORCH],
+        type=lambda name: TORCH if name == "torch" else name,
+        help="what to compare with: torch (torch.nn), onnxruntime, openvino; the last two in "
+        "inference, float32",
+    )
     add("--mode", nargs="+", choices=MODES, default=MODES, help="forward, or forward + backward")
     add(
         "--threads",
@@ -82,13 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not shapes:
             console.print("[red]--cell and --filter leave no shape of this suite")
             return 2
+        todo = jobs(shapes, options.mode, options.peer)
+        if (reason := impossible(options, todo)) is not None:
+            console.print(f"[red]{reason}", markup=True)
+            return 2
         if not ops.available:
             console.print(f"[red]not the times of our kernels: {ops.unavailable_reason}")
         command = shlex.join(["python", "-m", "fused_rnn.bench", *argv])
-        environment = report.Environment.here(command, options.machine)
+        environment = report.Environment.here(command, options.machine, options.peer)
         page = options.out / f"{environment.slug}-{selection(options)}.csv"
         page.parent.mkdir(parents=True, exist_ok=True)
-        results, failures = run(shapes, options, environment, page, console)
+        results, failures = run(todo, options, environment, page, console)
 
     if results:
         write_page(page, environment, results, failures, console)
@@ -103,9 +117,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for r in too_slow:
         console.print(
             f"[red]below {options.fail_if_slower:g}x: {r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}] "
-            f"{r.shape.label}, {r.mode}, threads {r.threads}"
+            f"{r.shape.label}, {r.mode}, threads {r.threads}, {r.peer}"
         )
     return 1 if failures or too_slow else 0
+
+
+def impossible(options: argparse.Namespace, todo: Sequence[Job]) -> str | None:
+    """Why the peers cannot be measured so."""
+    for peer in options.peer:
+        if missing := peers.missing(peer):
+            return f"{peer} needs {' and '.join(missing)}: pip install 'fused_rnn\\[bench]'"
+        if peer != TORCH and options.dtype != "float32":
+            return f"{peer} is measured in float32 only, not in {options.dtype}"
+    if not todo:
+        return f"{report.names(options.peer)} can be measured in inference only"
+    return None
 
 
 def selected(shape: Shape, options: argparse.Namespace) -> bool:
@@ -117,6 +143,7 @@ def selected(shape: Shape, options: argparse.Namespace) -> bool:
 def selection(options: argparse.Namespace) -> str:
     """Names the suite and what was left out of it: a partial run must not replace a full one."""
     words = [options.suite, *(options.cell or ())]
+    words += options.peer if options.peer != [TORCH] else ()
     words += options.mode if len(options.mode) < len(MODES) else ()
     words += [options.dtype] if options.dtype != "float32" else ()
     words += ["filtered"] if options.filter else ()
@@ -124,14 +151,13 @@ def selection(options: argparse.Namespace) -> str:
 
 
 def run(
-    shapes: Sequence[Shape],
+    todo: Sequence[Job],
     options: argparse.Namespace,
     environment: report.Environment,
     path: Path,
     console: Console,
 ) -> tuple[list[Result], list[str]]:
     """Measures everything, with the results in `path` as they come."""
-    jobs = [(shape, mode) for shape in shapes for mode in options.mode]
     results: list[Result] = []
     failures: list[str] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
@@ -141,14 +167,16 @@ def run(
     )
     with path.open("w", newline="", encoding="utf-8") as file, progress:
         writer = report.Writer(file, environment)
-        total = len(jobs) * len(options.threads)
+        total = len(todo) * len(options.threads)
         task = progress.add_task("", total=total)
-        outcomes = measure_all(jobs, options.threads, options.dtype, options.budget)
+        outcomes = measure_all(todo, options.threads, options.dtype, options.budget)
         for done, outcome in enumerate(outcomes, start=1):
             if isinstance(outcome, Result):
                 writer.write(outcome)
                 results.append(outcome)
-                line = f"{outcome.speedup:.2f}x {outcome.shape.label}, {outcome.mode}"
+                line = (
+                    f"{outcome.speedup:.2f}x {outcome.shape.label}, {outcome.mode}, {outcome.peer}"
+                )
             else:
                 failures.append(str(outcome))
                 line = f"[red]different results: {outcome}"

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.bench.measure import Result
+from fused_rnn.bench.measure import TORCH, Result
 from fused_rnn.bench.shapes import Shape
 
 
@@ -29,9 +30,12 @@ class Environment:
     isa: str
     date: str
     command: str
+    peers: str = ""  # names and versions of those other than torch.nn
 
     @classmethod
-    def here(cls, command: str, machine: str | None = None) -> Environment:
+    def here(
+        cls, command: str, machine: str | None = None, peers: Iterable[str] = ()
+    ) -> Environment:
         return cls(
             machine=machine or f"{_cpu_model()}, {os.cpu_count()} CPUs",
             torch=torch.__version__,
@@ -39,11 +43,13 @@ class Environment:
             isa=_isa(),
             date=datetime.now().isoformat(timespec="seconds"),
             command=command,
+            peers=", ".join(f"{peer} {metadata.version(peer)}" for peer in peers if peer != TORCH),
         )
 
     @property
     def versions(self) -> str:
-        return f"fused_rnn {self.fused_rnn} ({self.isa}), torch {self.torch}"
+        ours = f"fused_rnn {self.fused_rnn} ({self.isa})"
+        return ", ".join(filter(None, (ours, f"torch {self.torch}", self.peers)))
 
     @property
     def slug(self) -> str:
@@ -93,6 +99,8 @@ def read(path: Path) -> tuple[Environment, list[Result]]:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"{path} has no measurements")
+    if "torch_ms" in rows[0]:  # written when torch.nn was the only peer
+        rows = [row | {"peer": TORCH, "peer_ms": row["torch_ms"]} for row in rows]
     results = [Result(shape=Shape(**_values(Shape, row)), **_values(Result, row)) for row in rows]
     return Environment(**_values(Environment, rows[0])), results
 
@@ -104,7 +112,11 @@ def _values(cls: type[Any], row: dict[str, str]) -> dict[str, Any]:
         "bool": "True".__eq__,
         "str": str,
     }
-    return {f.name: parse[str(f.type)](row[f.name]) for f in fields(cls) if f.type in parse}
+    return {
+        f.name: parse[str(f.type)](row[f.name])
+        for f in fields(cls)
+        if f.type in parse and f.name in row
+    }
 
 
 # Tables: lists of strings, shown by rich on a terminal and as Markdown in a file.
@@ -124,38 +136,50 @@ class Table:
 
 
 def measurements(results: Iterable[Result]) -> list[Table]:
-    """A table for each mode and number of threads."""
-    tables: dict[tuple[int, str], Table] = {}
-    header = ("shape", "torch.nn ms", "fused_rnn ms", "speed-up")
+    """A table for each number of threads, mode and peer."""
+    tables: dict[tuple[int, str, str], Table] = {}
     for r in results:
-        title = f"{r.mode}, {r.threads} thread{'s' * (r.threads > 1)}"
-        table = tables.setdefault((r.threads, r.mode), Table(title, header, []))
+        title = f"{r.mode}, {threads(r.threads)}, against {r.peer}"
+        header = ("shape", f"{r.peer} ms", "fused_rnn ms", "speed-up")
+        table = tables.setdefault((r.threads, r.mode, r.peer), Table(title, header, []))
         speedup = f"{r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}]"
-        table.rows.append((r.shape.label, _ms(r.torch_ms), _ms(r.fused_ms), speedup))
-    return [tables[key] for key in sorted(tables)]
+        table.rows.append((r.shape.label, _ms(r.peer_ms), _ms(r.fused_ms), speedup))
+    return [tables[key] for key in sorted(tables, key=lambda key: key[:2])]
+
+
+def threads(number: int) -> str:
+    return f"{number} thread{'s' * (number > 1)}"
+
+
+def names(peers: Iterable[str]) -> str:
+    """Each once, in order, as a sentence has them."""
+    *most, last = dict.fromkeys(peers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def summary(results: Sequence[Result]) -> Table:
-    groups: dict[tuple[str, str, int], list[Result]] = {}
+    groups: dict[tuple[str, str, int, str], list[Result]] = {}
     for r in results:
-        groups.setdefault((r.shape.family, r.mode, r.threads), []).append(r)
+        groups.setdefault((r.shape.family, r.mode, r.threads, r.peer), []).append(r)
     rows: list[tuple[str, ...]] = []
-    for (family, mode, threads), group in groups.items():
+    for (family, mode, number, peer), group in groups.items():
         worst = min(group, key=lambda r: r.speedup)
         mean = statistics.geometric_mean(r.speedup for r in group)
         rows.append(
             (
                 family,
                 mode,
-                str(threads),
+                str(number),
+                peer,
                 str(len(group)),
                 f"{mean:.2f}x",
                 f"{worst.speedup:.2f}x",
                 worst.shape.label,
             )
         )
-    header = ("cell", "mode", "threads", "shapes", "geometric mean", "worst", "worst shape")
-    return Table("Speed-up over torch.nn", header, rows, ("cell", "mode", "worst shape"))
+    header = ("cell", "mode", "threads", "peer", "shapes", "geometric mean", "worst", "worst shape")
+    title = f"Speed-up over {names(r.peer for r in results)}"
+    return Table(title, header, rows, ("cell", "mode", "peer", "worst shape"))
 
 
 def comparison(results: Iterable[Result], old: Iterable[Result]) -> Table:
@@ -172,6 +196,7 @@ def comparison(results: Iterable[Result], old: Iterable[Result]) -> Table:
                 r.shape.label,
                 r.mode,
                 str(r.threads),
+                r.peer,
                 _ms(then.fused_ms),
                 _ms(r.fused_ms),
                 f"{changes[-1]:.2f}x",
@@ -182,12 +207,13 @@ def comparison(results: Iterable[Result], old: Iterable[Result]) -> Table:
     title = f"{len(rows)} measurements in common with the older run"
     if changes:
         title += f", change {statistics.geometric_mean(changes):.2f}x in the geometric mean"
-    header = ("shape", "mode", "threads", "old ms", "new ms", "change", "old speed-up", "new")
-    return Table(title, header, rows, ("shape", "mode"))
+    compared = ("shape", "mode", "threads", "peer")
+    header = (*compared, "old ms", "new ms", "change", "old speed-up", "new")
+    return Table(title, header, rows, ("shape", "mode", "peer"))
 
 
-def _key(r: Result) -> tuple[Shape, str, int, str]:
-    return r.shape, r.mode, r.threads, r.dtype
+def _key(r: Result) -> tuple[Shape, str, int, str, str]:
+    return r.shape, r.mode, r.threads, r.dtype, r.peer
 
 
 def slower(results: Iterable[Result], limit: float) -> list[Result]:
@@ -203,14 +229,15 @@ def markdown(
 ) -> str:
     """The page for people: what was measured on which machine, the summary, every row."""
     dtypes = ", ".join(sorted({r.dtype for r in results}))
+    peers = names(r.peer for r in results)
     parts = [
-        f"# fused_rnn against torch.nn, {environment.date[:10]}\n",
+        f"# fused_rnn against {peers}, {environment.date[:10]}\n",
         f"{environment.machine}; {environment.versions}; {dtypes}.\n\n"
         f"    {environment.command}\n\n"
-        "Time of one call of the layer: median of calls made in turn with torch.nn's in one "
-        "process. Speed-up is torch.nn's time over fused_rnn's, with its quartiles over the "
-        "pairs of calls. Training is a forward and a backward call. Every row was first checked "
-        "for equal results.\n",
+        "Time of one call of the layer: median of calls made in turn with the peer's; with "
+        "torch.nn's in one process, with others' in one process each. Speed-up is the peer's time "
+        "over fused_rnn's, with its quartiles over the pairs of calls. Training is a forward and a "
+        "backward call. Every row was first checked for equal results.\n",
     ]
     if failures:
         parts.append("**No numbers, because the results differ:**\n")

@@ -7,6 +7,7 @@ sizes one by one. `QUICK` is a sample of both for a first impression.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import product
 
@@ -32,6 +33,19 @@ class Shape:
     @property
     def family(self) -> str:
         return self.cell.removesuffix("Cell")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of every sequence; equal in every run, so that runs can be compared."""
+        if not self.packed:
+            return [self.T] * self.B
+        uniform = random.Random(0)
+        return [self.T, *(uniform.randint(1, self.T) for _ in range(self.B - 1))]
+
+    @property
+    def rows(self) -> int:
+        """Steps of all sequences together: N, the rows of a PackedSequence."""
+        return sum(self.lengths)
 
     @property
     def sizes(self) -> str:
