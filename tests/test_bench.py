@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import product
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
+from fused_rnn import _C
 from fused_rnn.bench import __main__ as cli
-from fused_rnn.bench import measure, peers, report, sides, work
+from fused_rnn.bench import measure, peers, report, roof, sides, work
 from fused_rnn.bench.measure import TORCH, DisagreementError, Result
 from fused_rnn.bench.shapes import CELLS, GRID, PROGRAMS, SUITES, Shape
 
@@ -39,11 +41,37 @@ TINY = (
 )
 
 
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine of known speed: 100 GFLOP/s a thread, and 64 GB/s up to 64 KiB, 16 beyond."""
+    monkeypatch.setattr(_C, "tile_rate", lambda threads: 100.0 * threads, raising=False)
+    stream_rate = lambda size, threads: (64.0 if size <= 2**16 else 16.0) * threads  # noqa: E731
+    monkeypatch.setattr(_C, "stream_rate", stream_rate, raising=False)
+    for rate in (roof.tile_rate, roof._stream_rate):
+        rate.cache_clear()
+    yield
+    for rate in (roof.tile_rate, roof._stream_rate):
+        rate.cache_clear()
+
+
 def result(speedup: float, **changes: Any) -> Result:
     """A measurement of 10 ms against torch.nn's 10 ms * speedup."""
     quartiles = {"q25": 0.9 * speedup, "q75": 1.1 * speedup}
     r = Result(
-        SHAPE, "training", 1, "float32", TORCH, 10 * speedup, 10.0, speedup, 0, 0, 7, 1e-7, 1e-6
+        SHAPE,
+        "training",
+        1,
+        "float32",
+        TORCH,
+        10 * speedup,
+        10.0,
+        speedup,
+        0,
+        0,
+        7,
+        1e-7,
+        1e-6,
+        2.5,
     )
     return dataclasses.replace(r, **quartiles | changes)
 
@@ -300,7 +328,11 @@ tiny,LSTM,4,3,5,6,1,1,False,False,False,False,0.0,training,1,float32,20.0,10.0,2
 def test_a_file_from_before_there_were_peers_is_read(tmp_path: Path) -> None:
     path = tmp_path / "old.csv"
     path.write_text(OLD_FILE, encoding="utf-8")
-    assert report.read(path) == (ENVIRONMENT, [result(2.0)])
+    environment, (old,) = report.read(path)
+    assert environment == ENVIRONMENT
+    assert dataclasses.replace(old, roof_ms=2.5) == result(2.0)
+    (table,) = report.measurements([old])
+    assert table.rows == [(SHAPE.label, "20", "10", "2.00x [1.80-2.20]", "-")]
 
 
 def test_every_peer_has_its_tables_and_panels(tmp_path: Path) -> None:
@@ -327,6 +359,67 @@ def test_summary_has_the_geometric_mean_and_the_worst_shape() -> None:
         ("GRU", "training", "1", TORCH, "1", "3.00x", "3.00x", gru.label),
         ("LSTM", "training", "1", "onnxruntime", "1", "0.50x", "0.50x", SHAPE.label),
     ]
+
+
+# What has to be done at least, by hand: 2 N G H (I + H) flops; 4 bytes of W_hh at every step.
+ROOFS = (
+    # many rows: the tile. 2 * 640 * 4 * 32 * (16 + 32) flops at 100 GFLOP/s
+    (Shape("x", "LSTM", 10, 64, 16, 32), 1, 2 * 640 * 4 * 32 * 48 / 100e9, 3),
+    # one sequence: W_hh is 4 * 64 * 64 * 4 bytes, 64 KiB, at 64 GB/s, and at 128 with two threads
+    (Shape("x", "LSTM", 10, 1, 16, 64), 1, 10 * 65536 / 64e9, None),
+    (Shape("x", "LSTM", 10, 1, 16, 64), 2, 10 * 65536 / 128e9, None),
+    # one step: W_ih is read too, and both are beyond 64 KiB; dW takes as long as one reading
+    (Shape("x", "GRU", 1, 1, 128, 128), 1, 3 * 128 * 256 * 4 / 16e9, 3),
+    # two layers, two directions, ragged: a sum, the second layer with 2 * 32 inputs
+    (
+        Shape("x", "RNN", 50, 40, 16, 32, L=2, D=2, packed=True),
+        1,
+        2 * Shape("x", "RNN", 50, 40, 16, 32, packed=True).rows * 32 * 2 * (48 + 96) / 100e9,
+        3,
+    ),
+)
+
+
+@pytest.mark.parametrize(("shape", "threads", "seconds", "training"), ROOFS)
+def test_roof(shape: Shape, threads: int, seconds: float, training: float | None) -> None:
+    assert roof.bound_ms(shape, "inference", threads) == pytest.approx(1e3 * seconds)
+    if training is None:  # twice the stream, and dW at the rate of the tile or as it is written
+        product = 2 * 10 * 4 * 64 * (16 + 64) / (100e9 * threads)
+        written = 4 * 64 * (16 + 64) * 4 / (64e9 * threads)
+        training = 2 + max(product, written) / seconds
+    expected = pytest.approx(1e3 * seconds * training)
+    assert roof.bound_ms(shape, "training", threads) == expected
+
+
+def test_rates_are_measured_once_and_with_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def rate(*arguments: int) -> float:
+        asked.append((*arguments, torch.get_num_threads()))
+        return 1.0
+
+    monkeypatch.setattr(_C, "tile_rate", rate)
+    monkeypatch.setattr(_C, "stream_rate", rate)
+    for _ in range(2):
+        roof.tile_rate(3)
+        for size in (5, 40_000, 65_535, 65_536):
+            roof.stream_rate(size, 2)
+    assert asked == [(3, 3), (2**14, 2, 2), (2**15, 2, 2), (2**16, 2, 2)]
+    assert torch.get_num_threads() == 1
+
+
+def test_only_float32_has_a_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(pairs: Any, threads: int, dtype: str, budget: float) -> Iterator[Result]:
+        return (measure.measure(*pair, dtype, budget) for pair in pairs)
+
+    monkeypatch.setattr(measure, "_in_one_process", here)
+    job = (SHAPE, "inference", TORCH)
+    (known,) = measure.measure_all([job], [1], "float32", 0.0)
+    assert isinstance(known, Result)
+    assert known.of_roof == roof.bound_ms(SHAPE, "inference", 1) / known.fused_ms
+    (unknown,) = measure.measure_all([job], [1], "float64", 0.0)
+    assert isinstance(unknown, Result)
+    assert math.isnan(unknown.roof_ms)
 
 
 def test_comparison_pairs_equal_measurements_only() -> None:
@@ -379,6 +472,7 @@ def test_from_the_command_line_to_csv_page_and_plot(
     assert "--filter 'cost.*(LSTM|GRU)'" in environment.command
     measured = {(r.shape.cell, r.mode, r.threads) for r in results}
     assert measured == set(product(("LSTM", "GRU"), work.MODES, (1, 2)))
+    assert all(0 < r.of_roof < 1 for r in results)
     page = path.with_suffix(".md").read_text(encoding="utf-8")
     assert page.count("cost of a call: GRU T1 B1 I8 H8") >= 4
     assert f"({path.with_suffix('.png').name})" in page

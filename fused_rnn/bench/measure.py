@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn.bench import peers, sides, work
+from fused_rnn import ops
+from fused_rnn.bench import peers, roof, sides, work
 from fused_rnn.bench.shapes import Shape
 
 # What can be compared with, and in which modes, by the names that the results have.
@@ -46,6 +48,11 @@ class Result:
     pairs: int
     max_abs_diff: float
     max_rel_diff: float
+    roof_ms: float = math.nan  # the least time, by roof.py; unknown in older files
+
+    @property
+    def of_roof(self) -> float:
+        return self.roof_ms / self.fused_ms
 
 
 def jobs(shapes: Sequence[Shape], modes: Sequence[str], peers: Sequence[str]) -> list[Job]:
@@ -64,12 +71,20 @@ def measure_all(
 ) -> Iterator[Result | DisagreementError]:
     """Measures every job with each number of threads, in the order of `jobs`."""
     for count in threads:
+        # Now, while no other process of ours is there. Its rates are those of float32.
+        known = ops.available and dtype == "float32"
+        roofs = {job: roof.bound_ms(*job[:2], count) for job in jobs if known}
         for peer, group in groupby(jobs, key=itemgetter(2)):
-            pairs = [(shape, mode) for shape, mode, _ in group]
+            mine = list(group)
+            pairs = [(shape, mode) for shape, mode, _ in mine]
             if peer == TORCH:
-                yield from _in_one_process(pairs, count, dtype, budget)
+                outcomes = _in_one_process(pairs, count, dtype, budget)
             else:
-                yield from _in_two_processes(peer, pairs, count, dtype, budget)
+                outcomes = _in_two_processes(peer, pairs, count, dtype, budget)
+            for job, outcome in zip(mine, outcomes, strict=True):
+                if isinstance(outcome, Result) and known:
+                    outcome = replace(outcome, roof_ms=roofs[job])
+                yield outcome
 
 
 def _in_one_process(

@@ -11,6 +11,9 @@ import random
 from dataclasses import dataclass
 from itertools import product
 
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+CELLS = tuple(GATES)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -33,6 +36,10 @@ class Shape:
     @property
     def family(self) -> str:
         return self.cell.removesuffix("Cell")
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.family]
 
     @property
     def lengths(self) -> list[int]:
@@ -122,7 +129,6 @@ PROGRAMS = (
     Shape("graph aggregation, sums", "GRU", 2, 1797, 32, 32),
 )
 
-CELLS = ("LSTM", "GRU", "RNN")
 
 # Nothing to compute: what remains is the cost of a call.
 OVERHEAD = tuple(Shape("cost of a call", cell, 1, 1, 8, 8) for cell in CELLS)
