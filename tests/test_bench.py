@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fused_rnn
 from fused_rnn import _C
 from fused_rnn.bench import __main__ as cli
-from fused_rnn.bench import measure, peers, report, roof, sides, work
+from fused_rnn.bench import conditions, measure, peers, report, roof, sides, work
 from fused_rnn.bench.measure import TORCH, DisagreementError, Result
 from fused_rnn.bench.shapes import CELLS, GRID, PROGRAMS, SUITES, Shape
 
@@ -76,9 +76,10 @@ def result(speedup: float, **changes: Any) -> Result:
     return dataclasses.replace(r, **quartiles | changes)
 
 
-def write(path: Path, results: Iterable[Result]) -> str:
+def write(path: Path, results: Iterable[report.Record]) -> str:
     with path.open("w", encoding="utf-8") as file:
-        writer = report.Writer(file, ENVIRONMENT)
+        results = list(results)
+        writer = report.Writer(file, ENVIRONMENT, type(results[0]))
         for r in results:
             writer.write(r)
     return str(path)
@@ -280,6 +281,8 @@ def test_a_peer_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("--peer openvino --dtype float64", "openvino is measured in float32 only"),
         ("--peer onnxruntime --mode training", "onnxruntime can be measured in inference only"),
+        ("--peer onnxruntime --suite conditions", "conditions are compared with torch's only"),
+        ("--suite conditions --filter busy --threads 1", "matters to two threads or more"),
     ],
 )
 def test_what_a_peer_cannot_do_is_said(
@@ -422,6 +425,156 @@ def test_only_float32_has_a_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isnan(unknown.roof_ms)
 
 
+CONDITIONS = (
+    Shape("values", "GRU", 4, 3, 5, 6, packed=True, state=True),
+    Shape("values", "LSTM", 4, 3, 5, 6, state=True),
+    Shape("ragged", "LSTM", 6, 4, 5, 6, packed=True),
+)
+
+
+@pytest.mark.parametrize("mode", work.MODES)
+@pytest.mark.parametrize("shape", CONDITIONS, ids=lambda shape: shape.label)
+def test_every_condition_is_measured(shape: Shape, mode: str) -> None:
+    jobs = conditions.jobs([shape], [mode], [1])
+    cases = list(conditions.VALUES) if shape.name == "values" else ["ragged"]
+    for job, case in zip(jobs, cases, strict=True):
+        r = conditions.measure(job, "float32", 0.0)
+        assert (r.shape, r.mode, r.threads, r.case) == (shape, mode, 1, case)
+        assert r.pairs >= sides.LEAST_PAIRS
+        assert 0 < r.q25 <= r.ratio <= r.q75
+        assert min(r.ms, r.base_ms, r.torch_ratio) > 0
+
+
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers and arguments that are going to be timed, as they come."""
+    found: list[Any] = []
+
+    def timer(layer: Any, arguments: Any) -> Any:
+        found.append((layer, arguments))
+        return lambda: 1.0
+
+    monkeypatch.setattr(work, "timer", timer)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "holds"),
+    [
+        ("saturated", lambda x: x.abs().mean() > 1e3),
+        ("denormal", lambda x: 0 < x.abs().max() < torch.finfo(torch.float32).tiny),
+        ("zero", lambda x: not x.any()),
+        ("NaN", lambda x: x.isnan().all()),
+    ],
+)
+@pytest.mark.parametrize("mode", work.MODES)
+def test_values_are_what_they_are_called(
+    case: str, holds: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = timed(monkeypatch)
+    shape = dataclasses.replace(SHAPE, name="values", state=True)
+    conditions.measure(conditions.Job(1, shape, mode, case), "float32", 0.0)
+    assert [type(layer) for layer, _ in found] == [fused_rnn.LSTM] * 2 + [torch.nn.LSTM] * 2
+    for (layer, disturbed), (_, ordinary) in (found[:2], found[2:]):
+        for tensor in (disturbed.input, disturbed.d_output, *disturbed.hx):
+            assert holds(tensor)
+        assert 0.1 < ordinary.input.abs().mean() < 10
+        if case == "denormal":  # and it remains so: in the output, and in the gradients
+            for value in work.evaluate(layer, disturbed)[:2]:
+                assert 0 < value.abs().max() < 1e-37
+
+
+def test_ragged_is_compared_with_as_many_dense_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = timed(monkeypatch)
+    shape = Shape("ragged", "GRU", 50, 20, 5, 6, packed=True)
+    r = conditions.measure(conditions.Job(1, shape, "inference", "ragged"), "float32", 0.0)
+    (_, ragged), (_, dense) = found[:2]
+    steps, sequences, _ = dense.input.shape
+    assert sequences == 20
+    assert abs(steps * 20 - shape.rows) <= 10
+    assert len(ragged.leaf) == shape.rows
+    # Both take a second: per row, the ragged one takes as much less as it has rows more.
+    assert r.ratio == pytest.approx(steps * 20 / shape.rows)
+
+
+def test_busy_is_n_threads_over_one_among_spinning_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Side:
+        def __init__(self, threads: int) -> None:
+            self.threads = threads
+
+        def load(self, build: Any, library: str, *arguments: Any) -> None:
+            build(library, *arguments, self.threads)
+            self.loaded = library, self.threads
+
+        def close(self) -> None:
+            pass
+
+    def take_turns(found: list[Any], budget: float) -> list[tuple[float, ...]]:
+        spinning = children() - before
+        assert len(spinning) == len(os.sched_getaffinity(0))
+        both = ("fused_rnn", 2), ("fused_rnn", 1), ("torch.nn", 2), ("torch.nn", 1)
+        assert tuple(side.loaded for side in found) == both
+        return [(6.0, 2.0, 8.0, 1.0)] * 5
+
+    monkeypatch.setattr(sides, "Side", Side)
+    monkeypatch.setattr(sides, "take_turns", take_turns)
+    before = children()
+    shape = dataclasses.replace(SHAPE, name="busy")
+    jobs = conditions.jobs([shape], ["training"], [1, 2])
+    (r,) = conditions.measure_all(jobs, "float32", 0.0)
+    assert (r.threads, r.case, r.ratio, r.torch_ratio, r.limit) == (2, "busy", 3.0, 8.0, 1.5)
+    assert children() == before
+
+
+def children() -> set[str]:
+    pid = os.getpid()
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split())
+
+
+def condition(ratio: float, **changes: Any) -> conditions.Condition:
+    shape = dataclasses.replace(SHAPE, name="values")
+    r = conditions.Condition(
+        shape, "training", 1, "float32", "NaN", 10.0, 10 * ratio, ratio, ratio, ratio, 1.1, 7
+    )
+    return dataclasses.replace(r, **changes)
+
+
+def test_conditions_are_written_read_and_shown_with_their_limits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ragged = dataclasses.replace(SHAPE, name="ragged")
+    records = [condition(1.2), condition(1.4), condition(1.2, shape=ragged, case="ragged")]
+    path = write(tmp_path / "x.csv", records)
+    assert report.read(Path(path)) == (ENVIRONMENT, records)
+    values, ragged_table = report.details(records)
+    assert values.title.endswith("at most 1.3x")
+    assert [row[6:] for row in values.rows] == [
+        ("1.20x [1.20-1.20]", "", "1.10x"),
+        ("1.40x [1.40-1.40]", "exceeded", "1.10x"),
+    ]
+    assert [row[7] for row in ragged_table.rows] == ["exceeded"]
+    assert cli.main(["--load", path, "--fail-if-slower", "1"]) == 0
+    assert "exceeded" in capsys.readouterr().out
+    assert "# fused_rnn under conditions" in (tmp_path / "x.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_conditions_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(jobs: Any, threads: int, dtype: str, budget: float) -> Any:
+        return (conditions.measure(job, dtype, budget) for job in jobs)
+
+    monkeypatch.setattr(conditions, "_disturbed", here)
+    words = "--suite conditions --filter ragged.*LSTM.*B32 --budget 0.01 --threads 1 --out".split()
+    assert cli.main([*words, str(tmp_path)]) == 0
+    assert "2/2" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*-conditions-filtered.csv")
+    records = report.read(path)[1]
+    assert [(r.shape.name, r.mode) for r in records] == list(product(["ragged"], work.MODES))
+
+
 def test_comparison_pairs_equal_measurements_only() -> None:
     new = [result(2.0, fused_ms=5.0), result(2.0, threads=2), result(2.0, shape=TINY[1])]
     new += [result(2.0, peer="openvino")]
@@ -450,7 +603,7 @@ def test_different_results_are_told_and_fail_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes = [result(2.0), DisagreementError("this row is wrong")]
-    monkeypatch.setattr(cli, "measure_all", lambda *_: iter(outcomes))
+    monkeypatch.setattr(measure, "measure_all", lambda *_: iter(outcomes))
     argv = ["--out", str(tmp_path), "--threads", "1", "--machine", "My (own) machine"]
     assert cli.main(argv) == 1
     assert "DIFFERENT RESULTS, not timed: this row is wrong" in capsys.readouterr().out
@@ -509,7 +662,7 @@ def test_a_run_of_nothing_is_not_a_success(tmp_path: Path) -> None:
 def test_a_wrong_path_is_noticed_before_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "measure_all", lambda *_: pytest.fail("was measured"))
+    monkeypatch.setattr(measure, "measure_all", lambda *_: pytest.fail("was measured"))
     with pytest.raises(FileNotFoundError):
         cli.main(["--compare", str(tmp_path / "nowhere.csv"), "--out", str(tmp_path)])
 

@@ -7,14 +7,16 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fused_rnn import ops
-from fused_rnn.bench import peers, report
-from fused_rnn.bench.measure import PEERS, TORCH, Job, Result, jobs, measure_all
+from fused_rnn.bench import conditions, measure, peers, report
+from fused_rnn.bench.conditions import Condition
+from fused_rnn.bench.measure import PEERS, TORCH, DisagreementError, Result
 from fused_rnn.bench.shapes import CELLS, SUITES, Shape
 from fused_rnn.bench.work import DTYPES, MODES
 
@@ -35,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--suite", choices=SUITES, default="quick", help="which shapes")
+    add("--suite", choices=SUITES, default="quick", help="which shapes; conditions: disturbed ones")
     add("--cell", nargs="+", choices=[c.lower() for c in CELLS], help="only these cells")
     add("--filter", type=re.compile, metavar="REGEX", help="only shapes whose label matches")
     add("--list", action="store_true", help="print the labels of the shapes and stop")
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = report.read(options.compare)[1] if options.compare else None
     if options.load:
         page = options.load
-        environment, results = report.read(page)
+        environment, records = report.read(page)
         failures: list[str] = []
     else:
         shapes = [shape for shape in SUITES[options.suite] if selected(shape, options)]
@@ -92,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not shapes:
             console.print("[red]--cell and --filter leave no shape of this suite")
             return 2
-        todo = jobs(shapes, options.mode, options.peer)
-        if (reason := impossible(options, todo)) is not None:
-            console.print(f"[red]{reason}", markup=True)
+        todo = plan(shapes, options)
+        if isinstance(todo, str):
+            console.print(f"[red]{todo}")
             return 2
         if not ops.available:
             console.print(f"[red]not the times of our kernels: {ops.unavailable_reason}")
@@ -102,12 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = report.Environment.here(command, options.machine, options.peer)
         page = options.out / f"{environment.slug}-{selection(options)}.csv"
         page.parent.mkdir(parents=True, exist_ok=True)
-        results, failures = run(todo, options, environment, page, console)
+        records, failures = run(todo, environment, page, console)
 
-    if results:
-        write_page(page, environment, results, failures, console)
-        for table in report.measurements(results):
+    results = [record for record in records if isinstance(record, Result)]
+    if records:
+        write_page(page, environment, records, results, failures, console)
+        for table in report.details(records):
             show(table, console)
+    if results:
         show(report.summary(results), console)
     if old is not None:
         show(report.comparison(results, old), console)
@@ -122,16 +126,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures or too_slow else 0
 
 
-def impossible(options: argparse.Namespace, todo: Sequence[Job]) -> str | None:
-    """Why the peers cannot be measured so."""
+class Plan(NamedTuple):
+    kind: type[report.Record]
+    total: int
+    outcomes: Iterator[report.Record | DisagreementError]  # measures when asked for the next
+
+
+def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
+    """What is to be measured, or why it cannot be."""
+    dtype, budget, threads = options.dtype, options.budget, options.threads
+    if options.suite == "conditions":
+        if options.peer != [TORCH]:
+            return "conditions are compared with torch's only"
+        cases = conditions.jobs(shapes, options.mode, threads)
+        if not cases:
+            return "a busy machine matters to two threads or more"
+        return Plan(Condition, len(cases), conditions.measure_all(cases, dtype, budget))
+
     for peer in options.peer:
         if missing := peers.missing(peer):
             return f"{peer} needs {' and '.join(missing)}: pip install 'fused_rnn\\[bench]'"
-        if peer != TORCH and options.dtype != "float32":
-            return f"{peer} is measured in float32 only, not in {options.dtype}"
-    if not todo:
+        if peer != TORCH and dtype != "float32":
+            return f"{peer} is measured in float32 only, not in {dtype}"
+    jobs = measure.jobs(shapes, options.mode, options.peer)
+    if not jobs:
         return f"{report.names(options.peer)} can be measured in inference only"
-    return None
+    total = len(jobs) * len(threads)
+    return Plan(Result, total, measure.measure_all(jobs, threads, dtype, budget))
 
 
 def selected(shape: Shape, options: argparse.Namespace) -> bool:
@@ -151,14 +172,10 @@ def selection(options: argparse.Namespace) -> str:
 
 
 def run(
-    todo: Sequence[Job],
-    options: argparse.Namespace,
-    environment: report.Environment,
-    path: Path,
-    console: Console,
-) -> tuple[list[Result], list[str]]:
-    """Measures everything, with the results in `path` as they come."""
-    results: list[Result] = []
+    todo: Plan, environment: report.Environment, path: Path, console: Console
+) -> tuple[list[report.Record], list[str]]:
+    """Measures everything, with the records in `path` as they come."""
+    records: list[report.Record] = []
     failures: list[str] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
     # Drawn between two measurements only: a thread that draws would disturb them.
@@ -166,42 +183,40 @@ def run(
         *columns, console=console, auto_refresh=False, disable=not console.is_terminal
     )
     with path.open("w", newline="", encoding="utf-8") as file, progress:
-        writer = report.Writer(file, environment)
-        total = len(todo) * len(options.threads)
-        task = progress.add_task("", total=total)
-        outcomes = measure_all(todo, options.threads, options.dtype, options.budget)
-        for done, outcome in enumerate(outcomes, start=1):
-            if isinstance(outcome, Result):
-                writer.write(outcome)
-                results.append(outcome)
-                line = (
-                    f"{outcome.speedup:.2f}x {outcome.shape.label}, {outcome.mode}, {outcome.peer}"
-                )
-            else:
+        writer = report.Writer(file, environment, todo.kind)
+        task = progress.add_task("", total=todo.total)
+        for done, outcome in enumerate(todo.outcomes, start=1):
+            if isinstance(outcome, DisagreementError):
                 failures.append(str(outcome))
                 line = f"[red]different results: {outcome}"
+            else:
+                writer.write(outcome)
+                records.append(outcome)
+                line = str(outcome)
             progress.update(task, completed=done, description=line, refresh=True)
             if not console.is_terminal:
-                console.print(f"{done}/{total}", line)
-    return results, failures
+                console.print(f"{done}/{todo.total}", line)
+    return records, failures
 
 
 def write_page(
     path: Path,
     environment: report.Environment,
+    records: Sequence[report.Record],
     results: Sequence[Result],
     failures: Sequence[str],
     console: Console,
 ) -> None:
+    """The page of all records, and the plot of those that are times."""
     picture = path.with_suffix(".png")
-    drawn = importlib.util.find_spec("matplotlib") is not None
+    drawn = bool(results) and importlib.util.find_spec("matplotlib") is not None
     if drawn:
         from fused_rnn.bench import plot
 
         plot.save(results, environment, picture)
-    else:
+    elif results:
         console.print("[yellow]no plot: it needs matplotlib (pip install matplotlib)")
-    text = report.markdown(results, environment, failures, picture.name if drawn else None)
+    text = report.markdown(records, environment, failures, picture.name if drawn else None)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     console.print(f"written: {path.with_suffix('')}" + ".{csv,md" + ",png" * drawn + "}")
 

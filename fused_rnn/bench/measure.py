@@ -54,6 +54,9 @@ class Result:
     def of_roof(self) -> float:
         return self.roof_ms / self.fused_ms
 
+    def __str__(self) -> str:
+        return f"{self.speedup:.2f}x {self.shape.label}, {self.mode}, {self.peer}"
+
 
 def jobs(shapes: Sequence[Shape], modes: Sequence[str], peers: Sequence[str]) -> list[Job]:
     """All that the peers can do."""

@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +19,14 @@ import torch
 
 import fused_rnn
 from fused_rnn import ops
+from fused_rnn.bench import conditions
+from fused_rnn.bench.conditions import Condition
 from fused_rnn.bench.measure import TORCH, Result
 from fused_rnn.bench.shapes import Shape
+
+# What a line of a file says; the lines of one file say the same.
+Record = Result | Condition
+KINDS = (Result, Condition)
 
 
 @dataclass(frozen=True)
@@ -81,29 +87,34 @@ def _cpu_model() -> str:
 class Writer:
     """Writes every result at once, so that an interrupted run leaves what it has."""
 
-    def __init__(self, file: TextIO, environment: Environment) -> None:
-        names = [f.name for f in (*fields(Shape), *fields(Result), *fields(Environment))]
+    def __init__(self, file: TextIO, environment: Environment, kind: type[Record]) -> None:
+        names = [f.name for f in (*fields(Shape), *fields(kind), *fields(Environment))]
         names.remove("shape")
         self._file = file
         self._environment = asdict(environment)
         self._writer = csv.DictWriter(file, names, lineterminator="\n")
         self._writer.writeheader()
 
-    def write(self, result: Result) -> None:
-        values = asdict(result)
+    def write(self, record: Record) -> None:
+        values = asdict(record)
         self._writer.writerow(values.pop("shape") | values | self._environment)
         self._file.flush()
 
 
-def read(path: Path) -> tuple[Environment, list[Result]]:
+def read(path: Path) -> tuple[Environment, list[Record]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"{path} has no measurements")
     if "torch_ms" in rows[0]:  # written when torch.nn was the only peer
         rows = [row | {"peer": TORCH, "peer_ms": row["torch_ms"]} for row in rows]
-    results = [Result(shape=Shape(**_values(Shape, row)), **_values(Result, row)) for row in rows]
-    return Environment(**_values(Environment, rows[0])), results
+    kind = next(kind for kind in KINDS if _required(kind) <= rows[0].keys() | {"shape"})
+    records = [kind(shape=Shape(**_values(Shape, row)), **_values(kind, row)) for row in rows]
+    return Environment(**_values(Environment, rows[0])), records
+
+
+def _required(kind: type[Record]) -> set[str]:
+    return {f.name for f in fields(kind) if f.default is MISSING}
 
 
 def _values(cls: type[Any], row: dict[str, str]) -> dict[str, Any]:
@@ -134,6 +145,13 @@ class Table:
         rule = ["---" if name in self.words else "---:" for name in self.header]
         lines = (" | ".join(row) for row in (self.header, rule, *self.rows))
         return f"### {self.title}\n\n" + "".join(f"| {line} |\n" for line in lines)
+
+
+def details(records: Iterable[Record]) -> list[Table]:
+    """Every record, in tables of those that belong together."""
+    records = list(records)
+    times = [r for r in records if isinstance(r, Result)]
+    return measurements(times) + disturbed(r for r in records if isinstance(r, Condition))
 
 
 def measurements(results: Iterable[Result]) -> list[Table]:
@@ -184,9 +202,34 @@ def summary(results: Sequence[Result]) -> Table:
     return Table(title, header, rows, ("cell", "mode", "peer", "worst shape"))
 
 
-def comparison(results: Iterable[Result], old: Iterable[Result]) -> Table:
+def disturbed(records: Iterable[Condition]) -> list[Table]:
+    """A table for each kind of condition."""
+    tables: dict[str, Table] = {}
+    header = ("shape", "mode", "threads", "case", "ordinary ms", "ms", "ratio", "", "torch.nn's")
+    for r in records:
+        kind = conditions.KINDS[r.shape.name]
+        title = f"{r.shape.name}: {kind.words}; at most {kind.limit:g}x"
+        words = ("shape", "mode", "case", "")
+        table = tables.setdefault(r.shape.name, Table(title, header, [], words))
+        table.rows.append(
+            (
+                r.shape.label,
+                r.mode,
+                str(r.threads),
+                r.case,
+                _ms(r.base_ms),
+                _ms(r.ms),
+                f"{r.ratio:.2f}x [{r.q25:.2f}-{r.q75:.2f}]",
+                "exceeded" if r.ratio > r.limit else "",
+                f"{r.torch_ratio:.2f}x",
+            )
+        )
+    return list(tables.values())
+
+
+def comparison(results: Iterable[Result], old: Iterable[Record]) -> Table:
     """`change` is the old time of fused_rnn over the new one: above 1 it became faster."""
-    before = {_key(r): r for r in old}
+    before = {_key(r): r for r in old if isinstance(r, Result)}
     rows: list[tuple[str, ...]] = []
     changes = []
     for r in results:
@@ -226,26 +269,44 @@ def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def heading(records: Sequence[Record]) -> tuple[str, str]:
+    """Of a page: its title, and what was measured how."""
+    if times := [r for r in records if isinstance(r, Result)]:
+        return (
+            f"fused_rnn against {names(r.peer for r in times)}",
+            "Time of one call of the layer: median of calls made in turn with the peer's; with "
+            "torch.nn's in one process, with others' in one process each. Speed-up is the peer's "
+            "time over fused_rnn's, with its quartiles over the pairs of calls. Training is a "
+            "forward and a backward call. Every row was first checked for equal results. Of the "
+            "roof: the least time that this machine's arithmetic and caches allow, over "
+            "fused_rnn's.",
+        )
+    return (
+        "fused_rnn under conditions",
+        "Time of one call of the layer under a condition and of one without, median of calls made "
+        "in turn; their ratio, with its quartiles over the pairs of calls, what it may be at most, "
+        "and that of torch.nn in the same run.",
+    )
+
+
 def markdown(
-    results: Sequence[Result], environment: Environment, failures: Sequence[str], plot: str | None
+    records: Sequence[Record], environment: Environment, failures: Sequence[str], plot: str | None
 ) -> str:
     """The page for people: what was measured on which machine, the summary, every row."""
-    dtypes = ", ".join(sorted({r.dtype for r in results}))
-    peers = names(r.peer for r in results)
+    dtypes = ", ".join(sorted({r.dtype for r in records}))
+    title, words = heading(records)
     parts = [
-        f"# fused_rnn against {peers}, {environment.date[:10]}\n",
+        f"# {title}, {environment.date[:10]}\n",
         f"{environment.machine}; {environment.versions}; {dtypes}.\n\n"
         f"    {environment.command}\n\n"
-        "Time of one call of the layer: median of calls made in turn with the peer's; with "
-        "torch.nn's in one process, with others' in one process each. Speed-up is the peer's time "
-        "over fused_rnn's, with its quartiles over the pairs of calls. Training is a forward and a "
-        "backward call. Every row was first checked for equal results. Of the roof: the least time "
-        "that this machine's arithmetic and caches allow, over fused_rnn's.\n",
+        f"{words}\n",
     ]
     if failures:
         parts.append("**No numbers, because the results differ:**\n")
         parts.append("".join(f"- {failure}\n" for failure in failures))
     if plot:
         parts.append(f"![speed-up per shape]({plot})\n")
-    parts += [table.markdown() for table in (summary(results), *measurements(results))]
+    if times := [r for r in records if isinstance(r, Result)]:
+        parts.append(summary(times).markdown())
+    parts += [table.markdown() for table in details(records)]
     return "\n".join(parts)

@@ -158,4 +158,21 @@ QUICK = (
     *(shape for shape in GRID if shape.name == "grid" and (shape.B, shape.H) in _QUICK_SIZES),
 )
 
-SUITES = {"quick": QUICK, "programs": PROGRAMS, "grid": GRID, "all": PROGRAMS + GRID}
+# What may disturb a layer, see conditions.py: with one sequence, and with several.
+CONDITIONS = (
+    *(Shape("busy", cell, 50, B, H, H) for cell in CELLS for B, H in ((1, 512), (32, 128))),
+    *(
+        Shape("ragged", cell, 50, B, H, H, packed=True)
+        for cell in CELLS
+        for B, H in ((8, 256), (32, 128))
+    ),
+    *(Shape("values", cell, 50, B, H, H) for cell in CELLS for B, H in ((1, 256), (32, 128))),
+)
+
+SUITES = {
+    "quick": QUICK,
+    "programs": PROGRAMS,
+    "grid": GRID,
+    "all": PROGRAMS + GRID,
+    "conditions": CONDITIONS,
+}
