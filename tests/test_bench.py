@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fused_rnn
 from fused_rnn import _C
 from fused_rnn.bench import __main__ as cli
-from fused_rnn.bench import conditions, measure, peers, report, roof, sides, work
+from fused_rnn.bench import conditions, measure, memory, peers, report, roof, sides, work
 from fused_rnn.bench.measure import TORCH, DisagreementError, Result
 from fused_rnn.bench.shapes import CELLS, GRID, PROGRAMS, SUITES, Shape
 
@@ -282,6 +283,7 @@ def test_a_peer_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
         ("--peer openvino --dtype float64", "openvino is measured in float32 only"),
         ("--peer onnxruntime --mode training", "onnxruntime can be measured in inference only"),
         ("--peer onnxruntime --suite conditions", "conditions are compared with torch's only"),
+        ("--peer onnxruntime --memory", "memory and conditions are compared with torch's only"),
         ("--suite conditions --filter busy --threads 1", "matters to two threads or more"),
     ],
 )
@@ -437,12 +439,12 @@ CONDITIONS = (
 def test_every_condition_is_measured(shape: Shape, mode: str) -> None:
     jobs = conditions.jobs([shape], [mode], [1])
     cases = list(conditions.VALUES) if shape.name == "values" else ["ragged"]
-    for job, case in zip(jobs, cases, strict=True):
-        r = conditions.measure(job, "float32", 0.0)
-        assert (r.shape, r.mode, r.threads, r.case) == (shape, mode, 1, case)
-        assert r.pairs >= sides.LEAST_PAIRS
-        assert 0 < r.q25 <= r.ratio <= r.q75
-        assert min(r.ms, r.base_ms, r.torch_ratio) > 0
+    assert jobs == [conditions.Job(1, shape, mode, case) for case in cases]
+    r = conditions.measure(jobs[0], "float32", 0.0)
+    assert (r.shape, r.mode, r.threads, r.case) == (shape, mode, 1, cases[0])
+    assert r.pairs >= sides.LEAST_PAIRS
+    assert 0 < r.q25 <= r.ratio <= r.q75
+    assert min(r.ms, r.base_ms, r.torch_ratio) > 0
 
 
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -575,6 +577,61 @@ def test_conditions_from_the_command_line(
     assert [(r.shape.name, r.mode) for r in records] == list(product(["ragged"], work.MODES))
 
 
+class Hungry(torch.nn.RNN):
+    """Takes 8 MiB more while it works, and gives them back."""
+
+    def forward(self, *arguments: Any) -> Any:
+        torch.ones(2 * 2**20 if self.hidden_size == 6 else 1)
+        return super().forward(*arguments)
+
+
+def test_memory_is_the_peak_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory.LIBRARIES, "torch.nn", SimpleNamespace(RNN=Hungry))
+    shape = Shape("tiny", "RNN", 4, 3, 5, 6)
+    assert 7.5 < memory.growth("torch.nn", shape, "float32") < 10
+    # A gradient of 4 MiB for W_hh, and little else; what was there before does not count, nor
+    # does what an earlier step left in our cache.
+    wide = Shape("wide", "RNN", 1, 1, 1, 1024)
+    for _ in range(2):
+        assert 3.5 < memory.growth("fused_rnn", wide, "float32") < 14
+
+
+def test_memory_from_the_command_line_in_fresh_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Process:
+        def __init__(self, threads: int) -> None:
+            self.threads = threads
+
+        def __enter__(self) -> Process:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, function: Any, library: str, shape: Shape, dtype: str) -> Any:
+            assert function is memory.growth
+            asked.append((self, library, shape.cell, self.threads))
+            return SimpleNamespace(result=lambda: 4.0 if library == "torch.nn" else 3.0)
+
+    monkeypatch.setattr(sides, "process", Process)
+    words = "--memory --filter cost.*(LSTM|GRU) --threads 1 2 --out".split()
+    assert cli.main([*words, str(tmp_path)]) == 0
+    assert "4/4" in capsys.readouterr().out
+    assert len({id(process) for process, *_ in asked}) == 8
+    both = product((1, 2), ("LSTM", "GRU"), ("torch.nn", "fused_rnn"))
+    assert [tuple(what) for _, *what in asked] == [(lib, cell, n) for n, cell, lib in both]
+
+    (path,) = tmp_path.glob("*-quick-memory-filtered.csv")
+    records = report.read(path)[1]
+    assert [(r.threads, r.shape.cell) for r in records] == list(product((1, 2), ("LSTM", "GRU")))
+    one, two = report.details(records)
+    assert one.title == "Peak memory of a training step, 1 thread"
+    assert two.rows[0] == ("cost of a call: LSTM T1 B1 I8 H8", "4.0", "3.0", "0.75")
+    assert "# memory of fused_rnn and torch.nn" in path.with_suffix(".md").read_text("utf-8")
+
+
 def test_comparison_pairs_equal_measurements_only() -> None:
     new = [result(2.0, fused_ms=5.0), result(2.0, threads=2), result(2.0, shape=TINY[1])]
     new += [result(2.0, peer="openvino")]
@@ -678,8 +735,8 @@ def test_without_matplotlib_there_is_all_but_the_plot(
     assert "png" not in (tmp_path / "x.md").read_text(encoding="utf-8")
 
 
-def test_without_rich_it_says_what_to_install() -> None:
-    code = "import runpy, sys; sys.modules['rich'] = None; runpy.run_module('fused_rnn.bench')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "pip install 'fused_rnn[bench]'" in done.stderr
+def test_without_rich_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.delitem(sys.modules, "fused_rnn.bench.__main__")
+    with pytest.raises(SystemExit, match=r"pip install 'fused_rnn\[bench\]'"):
+        runpy.run_module("fused_rnn.bench")

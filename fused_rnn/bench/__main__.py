@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 
 from fused_rnn import ops
-from fused_rnn.bench import conditions, measure, peers, report
+from fused_rnn.bench import conditions, measure, memory, peers, report
 from fused_rnn.bench.conditions import Condition
 from fused_rnn.bench.measure import PEERS, TORCH, DisagreementError, Result
+from fused_rnn.bench.memory import Memory
 from fused_rnn.bench.shapes import CELLS, SUITES, Shape
 from fused_rnn.bench.work import DTYPES, MODES
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="what to compare with: torch (torch.nn), onnxruntime, openvino; the last two in "
         "inference, float32",
     )
+    add("--memory", action="store_true", help="peak memory of a training step, instead of time")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="forward, or forward + backward")
     add(
         "--threads",
@@ -135,9 +137,13 @@ class Plan(NamedTuple):
 def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
     """What is to be measured, or why it cannot be."""
     dtype, budget, threads = options.dtype, options.budget, options.threads
+    of_one_peer = options.memory or options.suite == "conditions"
+    if of_one_peer and options.peer != [TORCH]:
+        return "memory and conditions are compared with torch's only"
+    if options.memory:
+        total = len(shapes) * len(threads)
+        return Plan(Memory, total, memory.measure_all(shapes, threads, dtype))
     if options.suite == "conditions":
-        if options.peer != [TORCH]:
-            return "conditions are compared with torch's only"
         cases = conditions.jobs(shapes, options.mode, threads)
         if not cases:
             return "a busy machine matters to two threads or more"
@@ -165,6 +171,7 @@ def selection(options: argparse.Namespace) -> str:
     """Names the suite and what was left out of it: a partial run must not replace a full one."""
     words = [options.suite, *(options.cell or ())]
     words += options.peer if options.peer != [TORCH] else ()
+    words += ["memory"] if options.memory else ()
     words += options.mode if len(options.mode) < len(MODES) else ()
     words += [options.dtype] if options.dtype != "float32" else ()
     words += ["filtered"] if options.filter else ()

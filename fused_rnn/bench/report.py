@@ -22,11 +22,12 @@ from fused_rnn import ops
 from fused_rnn.bench import conditions
 from fused_rnn.bench.conditions import Condition
 from fused_rnn.bench.measure import TORCH, Result
+from fused_rnn.bench.memory import Memory
 from fused_rnn.bench.shapes import Shape
 
 # What a line of a file says; the lines of one file say the same.
-Record = Result | Condition
-KINDS = (Result, Condition)
+Record = Result | Condition | Memory
+KINDS = (Result, Condition, Memory)
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,11 @@ class Table:
 def details(records: Iterable[Record]) -> list[Table]:
     """Every record, in tables of those that belong together."""
     records = list(records)
-    times = [r for r in records if isinstance(r, Result)]
-    return measurements(times) + disturbed(r for r in records if isinstance(r, Condition))
+    return [
+        *measurements(r for r in records if isinstance(r, Result)),
+        *disturbed(r for r in records if isinstance(r, Condition)),
+        *memories(r for r in records if isinstance(r, Memory)),
+    ]
 
 
 def measurements(results: Iterable[Result]) -> list[Table]:
@@ -162,9 +166,13 @@ def measurements(results: Iterable[Result]) -> list[Table]:
         header = ("shape", f"{r.peer} ms", "fused_rnn ms", "speed-up", "of the roof")
         table = tables.setdefault((r.threads, r.mode, r.peer), Table(title, header, []))
         speedup = f"{r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}]"
-        of_roof = "-" if math.isnan(r.of_roof) else f"{r.of_roof:.0%}"
+        of_roof = known(r.of_roof, ".0%")
         table.rows.append((r.shape.label, _ms(r.peer_ms), _ms(r.fused_ms), speedup, of_roof))
     return [tables[key] for key in sorted(tables, key=lambda key: key[:2])]
+
+
+def known(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def threads(number: int) -> str:
@@ -227,6 +235,18 @@ def disturbed(records: Iterable[Condition]) -> list[Table]:
     return list(tables.values())
 
 
+def memories(records: Iterable[Memory]) -> list[Table]:
+    """A table for each number of threads."""
+    tables: dict[int, Table] = {}
+    header = ("shape", "torch.nn MiB", "fused_rnn MiB", "ratio")
+    for r in records:
+        title = f"Peak memory of a training step, {threads(r.threads)}"
+        table = tables.setdefault(r.threads, Table(title, header, []))
+        ratio = known(r.ratio, ".2f")
+        table.rows.append((r.shape.label, f"{r.torch_mib:.1f}", f"{r.fused_mib:.1f}", ratio))
+    return list(tables.values())
+
+
 def comparison(results: Iterable[Result], old: Iterable[Record]) -> Table:
     """`change` is the old time of fused_rnn over the new one: above 1 it became faster."""
     before = {_key(r): r for r in old if isinstance(r, Result)}
@@ -280,6 +300,13 @@ def heading(records: Sequence[Record]) -> tuple[str, str]:
             "forward and a backward call. Every row was first checked for equal results. Of the "
             "roof: the least time that this machine's arithmetic and caches allow, over "
             "fused_rnn's.",
+        )
+    if any(isinstance(r, Memory) for r in records):
+        return (
+            "memory of fused_rnn and torch.nn",
+            "By how much a process grows at most in one forward and backward call, each in a "
+            "process of its own: output, saved values, workspaces and all gradients, in pages that "
+            "were touched. Ratio is fused_rnn's over torch.nn's.",
         )
     return (
         "fused_rnn under conditions",
