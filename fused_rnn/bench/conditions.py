@@ -23,9 +23,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fused_rnn
 from fused_rnn.bench import sides, work
 from fused_rnn.bench.shapes import Shape
 from fused_rnn.bench.work import Timer
@@ -51,8 +50,6 @@ VALUES: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "zero": lambda tiny: (0.0, 1.0, 0.0),
     "NaN": lambda tiny: (math.nan, 1.0, 1.0),
 }
-
-LIBRARIES = (fused_rnn, nn)
 
 # Seconds of a disturbed call, and of an ordinary one.
 Pairs = Sequence[tuple[float, ...]]
@@ -120,7 +117,7 @@ def measure(job: Job, dtype: str, budget: float) -> Condition:
     """Ragged lengths or values, in this process."""
     pair = _ragged if job.case == "ragged" else _values
     times: list[Pairs] = []
-    for library in LIBRARIES:
+    for library in work.LIBRARIES.values():
         case, base, scale = pair(job, library, dtype)
         found = sides.alternate([case, base], budget)
         times.append([(disturbed, scale * ordinary) for disturbed, ordinary in found])
@@ -152,14 +149,14 @@ def _busy(jobs: Sequence[Job], threads: int, dtype: str, budget: float) -> Itera
     with ExitStack() as stack:
         each = [
             (library, stack.enter_context(closing(sides.Side(count))))
-            for library in LIBRARIES
+            for library in work.LIBRARIES
             for count in (threads, 1)
         ]
         stack.enter_context(every_core_busy())
         for job in jobs:
             with sides.named(f"{job.shape.label}, {job.mode}, {job.case}"):
                 for library, side in each:
-                    side.load(_ready, library.__name__, job.shape, job.mode, dtype)
+                    side.load(_ready, library, job.shape, job.mode, dtype)
                 times = sides.take_turns([side for _, side in each], budget)
             yield _condition(job, dtype, [t[:2] for t in times], [t[2:] for t in times])
 
@@ -167,7 +164,7 @@ def _busy(jobs: Sequence[Job], threads: int, dtype: str, budget: float) -> Itera
 def _ready(
     library: str, shape: Shape, mode: str, dtype: str, threads: int
 ) -> tuple[Timer, list[Tensor]]:
-    return work.timer(*work.make(sys.modules[library], shape, mode, dtype)), []
+    return work.timer(*work.make(work.LIBRARIES[library], shape, mode, dtype)), []
 
 
 # Ends with its parent, however that ends.

@@ -58,11 +58,11 @@ class Result:
         return f"{self.speedup:.2f}x {self.shape.label}, {self.mode}, {self.peer}"
 
 
-def jobs(shapes: Sequence[Shape], modes: Sequence[str], peers: Sequence[str]) -> list[Job]:
+def jobs(shapes: Sequence[Shape], modes: Sequence[str], against: Sequence[str]) -> list[Job]:
     """All that the peers can do."""
     return [
         (shape, mode, peer)
-        for peer in peers
+        for peer in against
         for shape in shapes
         for mode in modes
         if mode in PEERS[peer]

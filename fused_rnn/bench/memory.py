@@ -22,13 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 import fused_rnn
 from fused_rnn.bench import sides, work
 from fused_rnn.bench.shapes import Shape
-
-LIBRARIES = {"torch.nn": nn, "fused_rnn": fused_rnn}
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Memory:
 def measure_all(shapes: Sequence[Shape], threads: Sequence[int], dtype: str) -> Iterator[Memory]:
     for count in threads:
         for shape in shapes:
-            torch_mib, fused_mib = (_alone(name, shape, count, dtype) for name in LIBRARIES)
+            fused_mib, torch_mib = (_alone(name, shape, count, dtype) for name in work.LIBRARIES)
             yield Memory(shape, count, dtype, torch_mib, fused_mib)
 
 
@@ -64,7 +60,7 @@ def _alone(library: str, shape: Shape, threads: int, dtype: str) -> float:
 
 def growth(library: str, shape: Shape, dtype: str) -> float:
     """MiB by which this process grows in a training step of this shape."""
-    module = LIBRARIES[library]
+    module = work.LIBRARIES[library]
     tiny = replace(shape, T=min(shape.T, 2), B=min(shape.B, 2), I=8, H=8)
     work.evaluate(*work.make(module, tiny, "training", dtype))
 

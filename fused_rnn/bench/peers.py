@@ -7,6 +7,7 @@ view. A cell is a layer of one step.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from time import perf_counter
@@ -92,6 +93,10 @@ def missing(peer: str) -> list[str]:
     """The packages that this peer needs and that are not installed."""
     needed = ("onnx", peer) if peer in BUILDERS else ()
     return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def version(peer: str) -> str:
+    return str(importlib.import_module(peer).__version__)
 
 
 def _case(shape: Shape) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:

@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +18,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.bench import conditions
+from fused_rnn.bench import conditions, peers
 from fused_rnn.bench.conditions import Condition
 from fused_rnn.bench.measure import TORCH, Result
 from fused_rnn.bench.memory import Memory
@@ -42,7 +41,7 @@ class Environment:
 
     @classmethod
     def here(
-        cls, command: str, machine: str | None = None, peers: Iterable[str] = ()
+        cls, command: str, machine: str | None = None, against: Iterable[str] = ()
     ) -> Environment:
         return cls(
             machine=machine or f"{_cpu_model()}, {os.cpu_count()} CPUs",
@@ -51,7 +50,7 @@ class Environment:
             isa=_isa(),
             date=datetime.now().isoformat(timespec="seconds"),
             command=command,
-            peers=", ".join(f"{peer} {metadata.version(peer)}" for peer in peers if peer != TORCH),
+            peers=", ".join(f"{peer} {peers.version(peer)}" for peer in against if peer != TORCH),
         )
 
     @property
@@ -109,7 +108,11 @@ def read(path: Path) -> tuple[Environment, list[Record]]:
         raise ValueError(f"{path} has no measurements")
     if "torch_ms" in rows[0]:  # written when torch.nn was the only peer
         rows = [row | {"peer": TORCH, "peer_ms": row["torch_ms"]} for row in rows]
-    kind = next(kind for kind in KINDS if _required(kind) <= rows[0].keys() | {"shape"})
+    for kind in KINDS:
+        if _required(kind) <= rows[0].keys() | {"shape"}:
+            break
+    else:
+        raise ValueError(f"{path} is no file of this benchmark")
     records = [kind(shape=Shape(**_values(Shape, row)), **_values(kind, row)) for row in rows]
     return Environment(**_values(Environment, rows[0])), records
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import fused_rnn
 from fused_rnn.bench.shapes import Shape
 
+LIBRARIES: dict[str, Any] = {"fused_rnn": fused_rnn, "torch.nn": nn}
 MODES = ("inference", "training")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
