@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import runpy
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import product
@@ -187,6 +189,16 @@ def test_the_two_sides_take_turns() -> None:
     assert times == [(2.0, 1.0)] * 3
 
 
+class Watched:
+    """Stands for a tensor; who has its array can be known."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def numpy(self) -> Any:
+        return self.array
+
+
 KINDS = (
     {},
     {"L": 2, "D": 2, "batch_first": True, "strided": True, "state": True},
@@ -198,6 +210,31 @@ ONNX_SHAPES = (
     *(Shape("tiny", cell, 4, 3, 5, 6, **kind) for cell in CELLS for kind in KINDS),
     *(Shape("tiny", f"{cell}Cell", 1, 2, 5, 6, state=cell != "GRU") for cell in CELLS),
 )
+
+
+@pytest.mark.parametrize("peer", peers.BUILDERS)
+def test_the_arrays_of_a_peer_live_as_long_as_its_timer(
+    peer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnx", peer):
+        pytest.importorskip(package)
+    arrays: list[weakref.ref[Any]] = []
+    case = peers._case
+
+    def watched(shape: Shape) -> Any:
+        model, inputs, outputs = case(shape)
+        own = {name: Watched(tensor.numpy().copy()) for name, tensor in inputs.items()}
+        arrays.extend(weakref.ref(tensor.array) for tensor in own.values())
+        return model, own, outputs
+
+    monkeypatch.setattr(peers, "_case", watched)
+    timer, _ = peers.BUILDERS[peer](Shape("tiny", "LSTM", 4, 3, 5, 6, state=True), 1)
+    gc.collect()
+    assert len(arrays) == 3
+    assert all(array() is not None for array in arrays)
+    del timer
+    gc.collect()
+    assert all(array() is None for array in arrays)
 
 
 @pytest.mark.parametrize("peer", peers.BUILDERS)

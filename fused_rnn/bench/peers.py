@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -34,6 +36,18 @@ def ours(shape: Shape, mode: str, dtype: str, threads: int) -> tuple[Timer, list
     return work.timer(layer, arguments), results
 
 
+@dataclass
+class _Call:
+    run: Callable[[], object]
+    arrays: Iterable[object]  # seen by the library, which need not keep them alive (OpenVINO)
+
+    def __call__(self) -> float:
+        run = self.run
+        start = perf_counter()
+        run()
+        return perf_counter() - start
+
+
 def onnxruntime(shape: Shape, threads: int) -> tuple[Timer, list[Tensor]]:
     """ONNX Runtime, its arrays bound beforehand: run() with a dict would copy the outputs."""
     import onnxruntime as ort
@@ -45,45 +59,39 @@ def onnxruntime(shape: Shape, threads: int) -> tuple[Timer, list[Tensor]]:
     model, inputs, outputs = _case(shape)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    for name, tensor in inputs.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(tensor.numpy()))
-    for name, tensor in outputs.items():
-        binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(tensor.numpy()))
-
-    def timer() -> float:
-        start = perf_counter()
-        session.run_with_iobinding(binding)
-        return perf_counter() - start
-
-    timer()
-    return timer, _as_ours(shape, [torch.from_numpy(v.numpy()) for v in binding.get_outputs()])
+    values = {
+        name: ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        for name, tensor in (inputs | outputs).items()
+    }
+    for name in inputs:
+        binding.bind_ortvalue_input(name, values[name])
+    for name in outputs:
+        binding.bind_ortvalue_output(name, values[name])
+    call = _Call(partial(session.run_with_iobinding, binding), values.values())
+    call()
+    return call, _as_ours(shape, list(outputs.values()))
 
 
 def openvino(shape: Shape, threads: int) -> tuple[Timer, list[Tensor]]:
-    """OpenVINO's CPU plugin, its inputs shared with it beforehand."""
+    """OpenVINO's CPU plugin, its arrays shared with it beforehand."""
     import openvino as ov
 
-    model, inputs, outputs = _case(shape)
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": "f32",
     }
+    model, inputs, outputs = _case(shape)
     core = ov.Core()
     compiled = core.compile_model(core.read_model(model), "CPU", settings)
     request = compiled.create_infer_request()
-    for name, tensor in inputs.items():
-        request.set_tensor(name, ov.Tensor(tensor.numpy(), shared_memory=True))
-
-    def timer() -> float:
-        start = perf_counter()
-        request.infer(share_outputs=True)
-        return perf_counter() - start
-
-    timer()
-    found = [torch.from_numpy(request.get_tensor(name).data.copy()) for name in outputs]
-    return timer, _as_ours(shape, found)
+    arrays = {name: tensor.numpy() for name, tensor in (inputs | outputs).items()}
+    for name, array in arrays.items():
+        request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+    call = _Call(partial(request.infer, share_outputs=True), arrays.values())
+    call()
+    return call, _as_ours(shape, list(outputs.values()))
 
 
 BUILDERS: dict[str, Build] = {"onnxruntime": onnxruntime, "openvino": openvino}
