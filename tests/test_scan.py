@@ -344,7 +344,7 @@ SHARED = [
     ((10, 13, 30, 70), {"layers": 2, "bidirectional": True, "batch_first": True}),
     ((0, 0, 30, 150), {"batch_sizes": (13, 13, 9, 9, 4, 4, 1, 1), "bidirectional": True}),
     ((2, 2, 3, 4), {}),
-    ((3, 700, 4, 5), {}),  # several blocks of sequences
+    ((9, 700, 34, 15), {}),  # several blocks of sequences
     ((0, 0, 4, 5), {"batch_sizes": (600, 590, 300, 2, 2, 1), "bidirectional": True}),
     ((80, 1, 8, 40), {"layers": 3}),
 ]

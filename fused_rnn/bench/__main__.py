@@ -7,15 +7,19 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fused_rnn import ops
-from fused_rnn.bench import report
-from fused_rnn.bench.measure import DTYPES, MODES, Result, measure_all
+from fused_rnn.bench import conditions, measure, memory, peers, report
+from fused_rnn.bench.conditions import Condition
+from fused_rnn.bench.measure import PEERS, TORCH, DisagreementError, Result
+from fused_rnn.bench.memory import Memory
 from fused_rnn.bench.shapes import CELLS, SUITES, Shape
+from fused_rnn.bench.work import DTYPES, MODES
 
 try:
     from rich import box
@@ -29,15 +33,25 @@ except ImportError:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fused_rnn.bench",
-        description="Times fused_rnn against torch.nn on the CPU and leaves a CSV with every "
+        description="Times fused_rnn against its peers on the CPU and leaves a CSV with every "
         "measurement, a page (.md) and a plot (.png). Exits with 1 if results disagree.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--suite", choices=SUITES, default="quick", help="which shapes")
+    add("--suite", choices=SUITES, default="quick", help="which shapes; conditions: disturbed ones")
     add("--cell", nargs="+", choices=[c.lower() for c in CELLS], help="only these cells")
     add("--filter", type=re.compile, metavar="REGEX", help="only shapes whose label matches")
     add("--list", action="store_true", help="print the labels of the shapes and stop")
+    add(
+        "--peer",
+        nargs="+",
+        choices=PEERS,
+        default=[TORCH],
+        type=lambda name: TORCH if name == "torch" else name,
+        help="what to compare with: torch (torch.nn), onnxruntime, openvino; the last two in "
+        "inference, float32",
+    )
+    add("--memory", action="store_true", help="peak memory of a training step, instead of time")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="forward, or forward + backward")
     add(
         "--threads",
@@ -72,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = report.read(options.compare)[1] if options.compare else None
     if options.load:
         page = options.load
-        environment, results = report.read(page)
+        environment, records = report.read(page)
         failures: list[str] = []
     else:
         shapes = [shape for shape in SUITES[options.suite] if selected(shape, options)]
@@ -82,18 +96,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not shapes:
             console.print("[red]--cell and --filter leave no shape of this suite")
             return 2
+        todo = plan(shapes, options)
+        if isinstance(todo, str):
+            console.print(f"[red]{todo}")
+            return 2
         if not ops.available:
             console.print(f"[red]not the times of our kernels: {ops.unavailable_reason}")
         command = shlex.join(["python", "-m", "fused_rnn.bench", *argv])
-        environment = report.Environment.here(command, options.machine)
+        environment = report.Environment.here(command, options.machine, options.peer)
         page = options.out / f"{environment.slug}-{selection(options)}.csv"
         page.parent.mkdir(parents=True, exist_ok=True)
-        results, failures = run(shapes, options, environment, page, console)
+        records, failures = run(todo, environment, page, console)
 
-    if results:
-        write_page(page, environment, results, failures, console)
-        for table in report.measurements(results):
+    results = [record for record in records if isinstance(record, Result)]
+    if records:
+        write_page(page, environment, records, results, failures, console)
+        for table in report.details(records):
             show(table, console)
+    if results:
         show(report.summary(results), console)
     if old is not None:
         show(report.comparison(results, old), console)
@@ -103,9 +123,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     for r in too_slow:
         console.print(
             f"[red]below {options.fail_if_slower:g}x: {r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}] "
-            f"{r.shape.label}, {r.mode}, threads {r.threads}"
+            f"{r.shape.label}, {r.mode}, threads {r.threads}, {r.peer}"
         )
     return 1 if failures or too_slow else 0
+
+
+class Plan(NamedTuple):
+    kind: type[report.Record]
+    total: int
+    outcomes: Iterator[report.Record | DisagreementError]  # measures when asked for the next
+
+
+def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
+    """What is to be measured, or why it cannot be."""
+    dtype, budget, threads = options.dtype, options.budget, options.threads
+    of_one_peer = options.memory or options.suite == "conditions"
+    if of_one_peer and options.peer != [TORCH]:
+        return "memory and conditions are compared with torch's only"
+    if options.memory:
+        total = len(shapes) * len(threads)
+        return Plan(Memory, total, memory.measure_all(shapes, threads, dtype))
+    if options.suite == "conditions":
+        cases = conditions.jobs(shapes, options.mode, threads)
+        if not cases:
+            return "a busy machine matters to two threads or more"
+        return Plan(Condition, len(cases), conditions.measure_all(cases, dtype, budget))
+
+    for peer in options.peer:
+        if missing := peers.missing(peer):
+            return f"{peer} needs {' and '.join(missing)}: pip install 'fused_rnn\\[bench]'"
+        if peer != TORCH and dtype != "float32":
+            return f"{peer} is measured in float32 only, not in {dtype}"
+    jobs = measure.jobs(shapes, options.mode, options.peer)
+    if not jobs:
+        return f"{report.names(options.peer)} can be measured in inference only"
+    total = len(jobs) * len(threads)
+    return Plan(Result, total, measure.measure_all(jobs, threads, dtype, budget))
 
 
 def selected(shape: Shape, options: argparse.Namespace) -> bool:
@@ -117,6 +170,8 @@ def selected(shape: Shape, options: argparse.Namespace) -> bool:
 def selection(options: argparse.Namespace) -> str:
     """Names the suite and what was left out of it: a partial run must not replace a full one."""
     words = [options.suite, *(options.cell or ())]
+    words += options.peer if options.peer != [TORCH] else ()
+    words += ["memory"] if options.memory else ()
     words += options.mode if len(options.mode) < len(MODES) else ()
     words += [options.dtype] if options.dtype != "float32" else ()
     words += ["filtered"] if options.filter else ()
@@ -124,15 +179,10 @@ def selection(options: argparse.Namespace) -> str:
 
 
 def run(
-    shapes: Sequence[Shape],
-    options: argparse.Namespace,
-    environment: report.Environment,
-    path: Path,
-    console: Console,
-) -> tuple[list[Result], list[str]]:
-    """Measures everything, with the results in `path` as they come."""
-    jobs = [(shape, mode) for shape in shapes for mode in options.mode]
-    results: list[Result] = []
+    todo: Plan, environment: report.Environment, path: Path, console: Console
+) -> tuple[list[report.Record], list[str]]:
+    """Measures everything, with the records in `path` as they come."""
+    records: list[report.Record] = []
     failures: list[str] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
     # Drawn between two measurements only: a thread that draws would disturb them.
@@ -140,40 +190,40 @@ def run(
         *columns, console=console, auto_refresh=False, disable=not console.is_terminal
     )
     with path.open("w", newline="", encoding="utf-8") as file, progress:
-        writer = report.Writer(file, environment)
-        total = len(jobs) * len(options.threads)
-        task = progress.add_task("", total=total)
-        outcomes = measure_all(jobs, options.threads, options.dtype, options.budget)
-        for done, outcome in enumerate(outcomes, start=1):
-            if isinstance(outcome, Result):
-                writer.write(outcome)
-                results.append(outcome)
-                line = f"{outcome.speedup:.2f}x {outcome.shape.label}, {outcome.mode}"
-            else:
+        writer = report.Writer(file, environment, todo.kind)
+        task = progress.add_task("", total=todo.total)
+        for done, outcome in enumerate(todo.outcomes, start=1):
+            if isinstance(outcome, DisagreementError):
                 failures.append(str(outcome))
                 line = f"[red]different results: {outcome}"
+            else:
+                writer.write(outcome)
+                records.append(outcome)
+                line = str(outcome)
             progress.update(task, completed=done, description=line, refresh=True)
             if not console.is_terminal:
-                console.print(f"{done}/{total}", line)
-    return results, failures
+                console.print(f"{done}/{todo.total}", line)
+    return records, failures
 
 
 def write_page(
     path: Path,
     environment: report.Environment,
+    records: Sequence[report.Record],
     results: Sequence[Result],
     failures: Sequence[str],
     console: Console,
 ) -> None:
+    """The page of all records, and the plot of those that are times."""
     picture = path.with_suffix(".png")
-    drawn = importlib.util.find_spec("matplotlib") is not None
+    drawn = bool(results) and importlib.util.find_spec("matplotlib") is not None
     if drawn:
         from fused_rnn.bench import plot
 
         plot.save(results, environment, picture)
-    else:
+    elif results:
         console.print("[yellow]no plot: it needs matplotlib (pip install matplotlib)")
-    text = report.markdown(results, environment, failures, picture.name if drawn else None)
+    text = report.markdown(records, environment, failures, picture.name if drawn else None)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     console.print(f"written: {path.with_suffix('')}" + ".{csv,md" + ",png" * drawn + "}")
 

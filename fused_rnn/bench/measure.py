@@ -1,29 +1,30 @@
-"""One measurement: the same layer call in torch.nn and in fused_rnn, first compared, then timed."""
+"""One measurement: the same layer call in fused_rnn and in a peer, first compared, then timed."""
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
+import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from time import perf_counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
+from fused_rnn import ops
+from fused_rnn.bench import peers, roof, sides, work
 from fused_rnn.bench.shapes import Shape
 
-MODES = ("inference", "training")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+# What can be compared with, and in which modes, by the names that the results have.
+TORCH = "torch.nn"
+PEERS = {TORCH: work.MODES} | dict.fromkeys(peers.BUILDERS, ("inference",))
 
-# A median and two quartiles need a few pairs, however slow the shape is.
-LEAST_PAIRS = 5
+# shape, mode, peer
+Job = tuple[Shape, str, str]
 
 
 class DisagreementError(Exception):
@@ -32,13 +33,14 @@ class DisagreementError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """Medians in milliseconds; `speedup` is torch.nn's time over ours, pair by pair."""
+    """Medians in milliseconds; `speedup` is the peer's time over ours, pair by pair."""
 
     shape: Shape
     mode: str
     threads: int
     dtype: str
-    torch_ms: float
+    peer: str
+    peer_ms: float
     fused_ms: float
     speedup: float
     q25: float
@@ -46,28 +48,57 @@ class Result:
     pairs: int
     max_abs_diff: float
     max_rel_diff: float
+    roof_ms: float = math.nan  # the least time, by roof.py; unknown in older files
+
+    @property
+    def of_roof(self) -> float:
+        return self.roof_ms / self.fused_ms
+
+    def __str__(self) -> str:
+        return f"{self.speedup:.2f}x {self.shape.label}, {self.mode}, {self.peer}"
+
+
+def jobs(shapes: Sequence[Shape], modes: Sequence[str], against: Sequence[str]) -> list[Job]:
+    """All that the peers can do."""
+    return [
+        (shape, mode, peer)
+        for peer in against
+        for shape in shapes
+        for mode in modes
+        if mode in PEERS[peer]
+    ]
 
 
 def measure_all(
-    jobs: Iterable[tuple[Shape, str]], threads: Sequence[int], dtype: str, budget: float
+    jobs: Sequence[Job], threads: Sequence[int], dtype: str, budget: float
 ) -> Iterator[Result | DisagreementError]:
-    """Measures every (shape, mode), for each number of threads in a process of its own.
-
-    A thread pool once started cannot be shrunk, hence the fresh process.
-    """
-    jobs = tuple(jobs)
+    """Measures every job with each number of threads, in the order of `jobs`."""
     for count in threads:
-        with ProcessPoolExecutor(
-            max_workers=1,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(count,),
-        ) as worker:
-            try:
-                for shape, mode in jobs:
-                    yield worker.submit(_outcome, shape, mode, dtype, budget).result()
-            except BrokenProcessPool as error:
-                raise RuntimeError(f"the process died in {shape.label}, {mode}") from error
+        # Now, while no other process of ours is there. Its rates are those of float32.
+        known = ops.available and dtype == "float32"
+        roofs = {job: roof.bound_ms(*job[:2], count) for job in jobs if known}
+        for peer, group in groupby(jobs, key=itemgetter(2)):
+            mine = list(group)
+            pairs = [(shape, mode) for shape, mode, _ in mine]
+            if peer == TORCH:
+                outcomes = _in_one_process(pairs, count, dtype, budget)
+            else:
+                outcomes = _in_two_processes(peer, pairs, count, dtype, budget)
+            for job, outcome in zip(mine, outcomes, strict=True):
+                if isinstance(outcome, Result) and known:
+                    outcome = replace(outcome, roof_ms=roofs[job])
+                yield outcome
+
+
+def _in_one_process(
+    pairs: Sequence[tuple[Shape, str]], threads: int, dtype: str, budget: float
+) -> Iterator[Result | DisagreementError]:
+    """Against torch.nn: its kernels and ours run on the one thread pool of torch."""
+    with sides.process(threads) as worker:
+        for shape, mode in pairs:
+            with sides.named(f"{shape.label}, {mode}"):
+                outcome = worker.submit(_outcome, shape, mode, dtype, budget).result()
+            yield outcome
 
 
 def _outcome(shape: Shape, mode: str, dtype: str, budget: float) -> Result | DisagreementError:
@@ -84,129 +115,51 @@ def measure(shape: Shape, mode: str, dtype: str, budget: float, library: Any = f
     that a change of the machine's mood meets both. Training is a forward and a backward call with
     gradients of the input and of every weight. Raises `DisagreementError` where results differ.
     """
-    torch.manual_seed(0)
-    training = mode == "training"
-    theirs = _layer(nn, shape, dtype)
-    ours = _layer(library, shape, dtype)
-    ours.load_state_dict(theirs.state_dict())
-    arguments = _arguments(shape, getattr(torch, dtype), training)
-
-    with torch.set_grad_enabled(training):
-        # eval() takes the dropout out: the two need not draw the same mask.
-        expected = _evaluate(theirs.eval(), arguments)
-        max_abs_diff, max_rel_diff = _compare(_evaluate(ours.eval(), arguments), expected)
-        if not max_rel_diff <= _tolerance(getattr(torch, dtype)):
-            raise DisagreementError(
-                f"{shape.label}, {mode}, {dtype}: fused_rnn and torch.nn differ by "
-                f"{max_rel_diff:.1e} (relative), {_tolerance(getattr(torch, dtype)):.1e} is allowed"
-            )
-        del expected
-        sides = [_timer(module.train(training), arguments) for module in (theirs, ours)]
-        gc.collect()
-        gc.disable()
-        try:
-            _alternate(sides, budget / 10, at_least=1)
-            times = _alternate(sides, budget, at_least=LEAST_PAIRS)
-        finally:
-            gc.enable()
-
-    q25, speedup, q75 = statistics.quantiles((a / b for a, b in times), n=4, method="inclusive")
-    torch_ms, fused_ms = (1e3 * statistics.median(side) for side in zip(*times, strict=True))
-    return Result(
-        shape=shape,
-        mode=mode,
-        threads=torch.get_num_threads(),
-        dtype=dtype,
-        torch_ms=torch_ms,
-        fused_ms=fused_ms,
-        speedup=speedup,
-        q25=q25,
-        q75=q75,
-        pairs=len(times),
-        max_abs_diff=max_abs_diff,
-        max_rel_diff=max_rel_diff,
-    )
+    theirs, arguments = work.make(nn, shape, mode, dtype)
+    ours, _ = work.make(library, shape, mode, dtype)
+    expected = work.evaluate(theirs, arguments)
+    differences = _agree(work.evaluate(ours, arguments), expected, shape, mode, dtype, TORCH)
+    del expected
+    pair = [work.timer(module, arguments) for module in (theirs, ours)]
+    times = sides.alternate(pair, budget)
+    return _result(shape, mode, torch.get_num_threads(), dtype, TORCH, times, differences)
 
 
-@dataclass
-class _Arguments:
-    input: Tensor | PackedSequence
-    leaf: Tensor  # the input's numbers, where their gradient arrives
-    hx: Any
-    d_output: Tensor
+def _in_two_processes(
+    peer: str, pairs: Sequence[tuple[Shape, str]], threads: int, dtype: str, budget: float
+) -> Iterator[Result | DisagreementError]:
+    """Against a library with a thread pool of its own."""
+    with closing(sides.Side(threads)) as theirs, closing(sides.Side(threads)) as ours:
+        for shape, mode in pairs:
+            with sides.named(f"{shape.label}, {mode}, {peer}"):
+                expected = theirs.load(peers.BUILDERS[peer], shape)
+                results = ours.load(peers.ours, shape, mode, dtype)
+                try:
+                    differences = _agree(results, expected, shape, mode, dtype, peer)
+                except DisagreementError as error:
+                    outcome: Result | DisagreementError = error
+                else:
+                    times = sides.take_turns([theirs, ours], budget)
+                    outcome = _result(shape, mode, threads, dtype, peer, times, differences)
+            yield outcome
 
 
-def _layer(library: Any, shape: Shape, dtype: str) -> nn.Module:
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if not shape.cell.endswith("Cell"):
-        options |= {
-            "num_layers": shape.L,
-            "bidirectional": shape.D == 2,
-            "batch_first": shape.batch_first,
-            "dropout": shape.dropout,
-        }
-    layer: nn.Module = getattr(library, shape.cell)(shape.I, shape.H, **options)
-    return layer
-
-
-def _arguments(shape: Shape, dtype: torch.dtype, training: bool) -> _Arguments:
-    cell = shape.cell.endswith("Cell")
-    T, B = shape.T, shape.B
-    sizes = [B] if cell else [B, T] if shape.batch_first else [T, B]
-    x = torch.randn(*sizes, shape.I, dtype=dtype)
-    if shape.strided:
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    d_output = torch.randn(*sizes, shape.D * shape.H, dtype=dtype)
-
-    packed = None
-    if shape.packed:
-        lengths = torch.randint(1, T + 1, (B,))
-        lengths[0] = T
-        packed = pack_padded_sequence(x, lengths, shape.batch_first, enforce_sorted=False)
-        x = packed.data
-        d_output = d_output.flatten(0, 1)[: len(x)]
-    leaf = x.detach().requires_grad_(training)
-
-    hx: Any = None
-    if shape.state:
-        state = [B, shape.H] if cell else [shape.L * shape.D, B, shape.H]
-        hx = torch.randn(*state, dtype=dtype)
-        if shape.family == "LSTM":
-            hx = (hx, torch.randn(*state, dtype=dtype))
-    return _Arguments(leaf if packed is None else packed._replace(data=leaf), leaf, hx, d_output)
-
-
-def _output(result: Any) -> Tensor:
-    """The first tensor of what a layer returned: y of (y, h), (y, (h, c)), (h, c), h or packed."""
-    while isinstance(result, tuple):
-        result = result[0]
-    assert isinstance(result, Tensor)
-    return result
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, PackedSequence):
-        return [result.data]
-    if isinstance(result, tuple):
-        return [tensor for part in result for tensor in _tensors(part)]
-    return [result]
-
-
-def _evaluate(module: nn.Module, arguments: _Arguments) -> list[Tensor]:
-    """Everything the module computes: outputs and states, and in training every gradient."""
-    result = module(arguments.input, arguments.hx)
-    values = [tensor.detach() for tensor in _tensors(result)]
-    if arguments.leaf.requires_grad:
-        torch.autograd.backward(_output(result), arguments.d_output)
-        for leaf in (arguments.leaf, *module.parameters()):
-            assert leaf.grad is not None
-            values.append(leaf.grad)
-            leaf.grad = None
-    return values
+def _agree(
+    ours: list[Tensor], theirs: list[Tensor], shape: Shape, mode: str, dtype: str, peer: str
+) -> tuple[float, float]:
+    """The differences, which are small, or else a `DisagreementError`."""
+    max_abs_diff, max_rel_diff = _compare(ours, theirs)
+    tolerance = _tolerance(getattr(torch, dtype))
+    if not max_rel_diff <= tolerance:
+        raise DisagreementError(
+            f"{shape.label}, {mode}, {dtype}: fused_rnn and {peer} differ by "
+            f"{max_rel_diff:.1e} (relative), {tolerance:.1e} is allowed"
+        )
+    return max_abs_diff, max_rel_diff
 
 
 def _compare(ours: list[Tensor], theirs: list[Tensor]) -> tuple[float, float]:
-    """Largest absolute difference, and largest difference in the norm relative to torch.nn's."""
+    """Largest absolute difference, and largest difference in the norm relative to the peer's."""
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
         return float("inf"), float("inf")
     pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
@@ -220,31 +173,29 @@ def _tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.5)
 
 
-def _timer(module: nn.Module, arguments: _Arguments) -> Callable[[], float]:
-    leaves = [arguments.leaf, *module.parameters()]
-    x, hx, d_output = arguments.input, arguments.hx, arguments.d_output
-
-    def inference() -> float:
-        start = perf_counter()
-        module(x, hx)
-        return perf_counter() - start
-
-    def training() -> float:
-        for leaf in leaves:
-            leaf.grad = None
-        start = perf_counter()
-        torch.autograd.backward(_output(module(x, hx)), d_output)
-        return perf_counter() - start
-
-    return training if arguments.leaf.requires_grad else inference
-
-
-def _alternate(
-    sides: Sequence[Callable[[], float]], budget: float, at_least: int
-) -> list[tuple[float, ...]]:
-    """Calls the sides in turn until the budget is spent; one tuple of seconds per round."""
-    start = perf_counter()
-    rounds: list[tuple[float, ...]] = []
-    while len(rounds) < at_least or perf_counter() - start < budget:
-        rounds.append(tuple(side() for side in sides))
-    return rounds
+def _result(
+    shape: Shape,
+    mode: str,
+    threads: int,
+    dtype: str,
+    peer: str,
+    times: Sequence[tuple[float, ...]],
+    differences: tuple[float, float],
+) -> Result:
+    q25, speedup, q75 = statistics.quantiles((a / b for a, b in times), n=4, method="inclusive")
+    peer_ms, fused_ms = (1e3 * statistics.median(side) for side in zip(*times, strict=True))
+    return Result(
+        shape=shape,
+        mode=mode,
+        threads=threads,
+        dtype=dtype,
+        peer=peer,
+        peer_ms=peer_ms,
+        fused_ms=fused_ms,
+        speedup=speedup,
+        q25=q25,
+        q75=q75,
+        pairs=len(times),
+        max_abs_diff=differences[0],
+        max_rel_diff=differences[1],
+    )

@@ -1,14 +1,15 @@
-"""The picture of a benchmark: a line per shape, a dot per mode, a rule at 1x for torch.nn."""
+"""The picture of a benchmark: a line per shape, a dot per mode, a rule at 1x for the peer."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fused_rnn.bench.measure import Result
-from fused_rnn.bench.report import Environment
+from fused_rnn.bench.report import Environment, names, threads
 from fused_rnn.bench.shapes import CELLS, Shape
 
 if TYPE_CHECKING:
@@ -37,23 +38,24 @@ def save(results: Sequence[Result], environment: Environment, path: Path) -> Non
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    threads = sorted({r.threads for r in results})
+    panels = sorted(dict.fromkeys((r.threads, r.peer) for r in results), key=itemgetter(0))
     modes = [mode for mode in STYLES if any(r.mode == mode for r in results)]
     lines, count = _lines(results)
-    width = LABELS + len(threads) * (PANEL + GAP) - GAP + MARGIN
+    width = LABELS + len(panels) * (PANEL + GAP) - GAP + MARGIN
     height = HEAD + count * LINE + FOOT
     figure = Figure(figsize=(width, height), facecolor="white")
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / width, 1 - y / height, text, va="top", **style)
 
-    write(MARGIN, 0.25, "How much faster is fused_rnn than torch.nn?", size=17, weight="bold")
+    peers = names(peer for _, peer in panels)
+    write(MARGIN, 0.25, f"How much faster is fused_rnn than {peers}?", size=17, weight="bold")
     write(
         MARGIN,
         0.65,
         "A line is one RNN layer: T steps, B sequences, I inputs, H hidden units, L layers, "
         "D directions.\nAt 2x a call of fused_rnn takes half the time of the same call of "
-        "torch.nn; left of the rule at 1x torch.nn is faster.",
+        "the peer; left of the rule at 1x the peer is faster.",
         size=9,
         color=GREY,
         linespacing=1.5,
@@ -83,12 +85,13 @@ def save(results: Sequence[Result], environment: Environment, path: Path) -> Non
 
     low = min(0.75, 0.85 * min(r.q25 for r in results))
     high = max(2.5, 1.3 * max(r.q75 for r in results))
-    for i, number in enumerate(threads):
+    for i, (number, peer) in enumerate(panels):
         left = LABELS + i * (PANEL + GAP)
         box = (left / width, FOOT / height, PANEL / width, count * LINE / height)
         ax = figure.add_axes(box, xscale="log", xlim=(low, high), ylim=(count - 0.5, -0.5))
-        _panel(ax, [r for r in results if r.threads == number], lines)
-        ax.set_title(f"{number} thread" + "s" * (number > 1), size=11, weight="bold", pad=20)
+        _panel(ax, peer, [r for r in results if (r.threads, r.peer) == (number, peer)], lines)
+        title = threads(number) if peers == peer else f"{threads(number)}, {peer}"
+        ax.set_title(title, size=11, weight="bold", pad=20)
         if i == 0:
             _labels(ax, lines)
     figure.savefig(path, dpi=150)
@@ -123,7 +126,7 @@ def _labels(ax: Axes, lines: dict[Shape | str, int]) -> None:
         ax.text(sizes_at, y, key.sizes, size=7.5, color=GREY, family="monospace", **style)
 
 
-def _panel(ax: Axes, results: Sequence[Result], lines: dict[Shape | str, int]) -> None:
+def _panel(ax: Axes, peer: str, results: Sequence[Result], lines: dict[Shape | str, int]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = ax.get_xlim()
@@ -138,7 +141,7 @@ def _panel(ax: Axes, results: Sequence[Result], lines: dict[Shape | str, int]) -
     ax.axvspan(low, 1, color="#f6e9e9", linewidth=0, zorder=0)
     ax.axvline(1, color=INK, linewidth=1.5, zorder=1)
     ax.set_xlabel(
-        "\u2190 torch.nn is faster  |  speed-up  |  fused_rnn is faster \u2192", size=9, color=GREY
+        f"\u2190 {peer} is faster  |  speed-up  |  fused_rnn is faster \u2192", size=9, color=GREY
     )
 
     for key, y in lines.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,8 +18,15 @@ import torch
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.bench.measure import Result
+from fused_rnn.bench import conditions, peers
+from fused_rnn.bench.conditions import Condition
+from fused_rnn.bench.measure import TORCH, Result
+from fused_rnn.bench.memory import Memory
 from fused_rnn.bench.shapes import Shape
+
+# What a line of a file says; the lines of one file say the same.
+Record = Result | Condition | Memory
+KINDS = (Result, Condition, Memory)
 
 
 @dataclass(frozen=True)
@@ -29,9 +37,12 @@ class Environment:
     isa: str
     date: str
     command: str
+    peers: str = ""  # names and versions of those other than torch.nn
 
     @classmethod
-    def here(cls, command: str, machine: str | None = None) -> Environment:
+    def here(
+        cls, command: str, machine: str | None = None, against: Iterable[str] = ()
+    ) -> Environment:
         return cls(
             machine=machine or f"{_cpu_model()}, {os.cpu_count()} CPUs",
             torch=torch.__version__,
@@ -39,11 +50,13 @@ class Environment:
             isa=_isa(),
             date=datetime.now().isoformat(timespec="seconds"),
             command=command,
+            peers=", ".join(f"{peer} {peers.version(peer)}" for peer in against if peer != TORCH),
         )
 
     @property
     def versions(self) -> str:
-        return f"fused_rnn {self.fused_rnn} ({self.isa}), torch {self.torch}"
+        ours = f"fused_rnn {self.fused_rnn} ({self.isa})"
+        return ", ".join(filter(None, (ours, f"torch {self.torch}", self.peers)))
 
     @property
     def slug(self) -> str:
@@ -74,27 +87,38 @@ def _cpu_model() -> str:
 class Writer:
     """Writes every result at once, so that an interrupted run leaves what it has."""
 
-    def __init__(self, file: TextIO, environment: Environment) -> None:
-        names = [f.name for f in (*fields(Shape), *fields(Result), *fields(Environment))]
+    def __init__(self, file: TextIO, environment: Environment, kind: type[Record]) -> None:
+        names = [f.name for f in (*fields(Shape), *fields(kind), *fields(Environment))]
         names.remove("shape")
         self._file = file
         self._environment = asdict(environment)
         self._writer = csv.DictWriter(file, names, lineterminator="\n")
         self._writer.writeheader()
 
-    def write(self, result: Result) -> None:
-        values = asdict(result)
+    def write(self, record: Record) -> None:
+        values = asdict(record)
         self._writer.writerow(values.pop("shape") | values | self._environment)
         self._file.flush()
 
 
-def read(path: Path) -> tuple[Environment, list[Result]]:
+def read(path: Path) -> tuple[Environment, list[Record]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"{path} has no measurements")
-    results = [Result(shape=Shape(**_values(Shape, row)), **_values(Result, row)) for row in rows]
-    return Environment(**_values(Environment, rows[0])), results
+    if "torch_ms" in rows[0]:  # written when torch.nn was the only peer
+        rows = [row | {"peer": TORCH, "peer_ms": row["torch_ms"]} for row in rows]
+    for kind in KINDS:
+        if _required(kind) <= rows[0].keys() | {"shape"}:
+            break
+    else:
+        raise ValueError(f"{path} is no file of this benchmark")
+    records = [kind(shape=Shape(**_values(Shape, row)), **_values(kind, row)) for row in rows]
+    return Environment(**_values(Environment, rows[0])), records
+
+
+def _required(kind: type[Record]) -> set[str]:
+    return {f.name for f in fields(kind) if f.default is MISSING}
 
 
 def _values(cls: type[Any], row: dict[str, str]) -> dict[str, Any]:
@@ -104,7 +128,11 @@ def _values(cls: type[Any], row: dict[str, str]) -> dict[str, Any]:
         "bool": "True".__eq__,
         "str": str,
     }
-    return {f.name: parse[str(f.type)](row[f.name]) for f in fields(cls) if f.type in parse}
+    return {
+        f.name: parse[str(f.type)](row[f.name])
+        for f in fields(cls)
+        if f.type in parse and f.name in row
+    }
 
 
 # Tables: lists of strings, shown by rich on a terminal and as Markdown in a file.
@@ -123,44 +151,108 @@ class Table:
         return f"### {self.title}\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 
+def details(records: Iterable[Record]) -> list[Table]:
+    """Every record, in tables of those that belong together."""
+    records = list(records)
+    return [
+        *measurements(r for r in records if isinstance(r, Result)),
+        *disturbed(r for r in records if isinstance(r, Condition)),
+        *memories(r for r in records if isinstance(r, Memory)),
+    ]
+
+
 def measurements(results: Iterable[Result]) -> list[Table]:
-    """A table for each mode and number of threads."""
-    tables: dict[tuple[int, str], Table] = {}
-    header = ("shape", "torch.nn ms", "fused_rnn ms", "speed-up")
+    """A table for each number of threads, mode and peer."""
+    tables: dict[tuple[int, str, str], Table] = {}
     for r in results:
-        title = f"{r.mode}, {r.threads} thread{'s' * (r.threads > 1)}"
-        table = tables.setdefault((r.threads, r.mode), Table(title, header, []))
+        title = f"{r.mode}, {threads(r.threads)}, against {r.peer}"
+        header = ("shape", f"{r.peer} ms", "fused_rnn ms", "speed-up", "of the roof")
+        table = tables.setdefault((r.threads, r.mode, r.peer), Table(title, header, []))
         speedup = f"{r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}]"
-        table.rows.append((r.shape.label, _ms(r.torch_ms), _ms(r.fused_ms), speedup))
-    return [tables[key] for key in sorted(tables)]
+        of_roof = known(r.of_roof, ".0%")
+        table.rows.append((r.shape.label, _ms(r.peer_ms), _ms(r.fused_ms), speedup, of_roof))
+    return [tables[key] for key in sorted(tables, key=lambda key: key[:2])]
+
+
+def known(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def threads(number: int) -> str:
+    return f"{number} thread{'s' * (number > 1)}"
+
+
+def names(peers: Iterable[str]) -> str:
+    """Each once, in order, as a sentence has them."""
+    *most, last = dict.fromkeys(peers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def summary(results: Sequence[Result]) -> Table:
-    groups: dict[tuple[str, str, int], list[Result]] = {}
+    groups: dict[tuple[str, str, int, str], list[Result]] = {}
     for r in results:
-        groups.setdefault((r.shape.family, r.mode, r.threads), []).append(r)
+        groups.setdefault((r.shape.family, r.mode, r.threads, r.peer), []).append(r)
     rows: list[tuple[str, ...]] = []
-    for (family, mode, threads), group in groups.items():
+    for (family, mode, number, peer), group in groups.items():
         worst = min(group, key=lambda r: r.speedup)
         mean = statistics.geometric_mean(r.speedup for r in group)
         rows.append(
             (
                 family,
                 mode,
-                str(threads),
+                str(number),
+                peer,
                 str(len(group)),
                 f"{mean:.2f}x",
                 f"{worst.speedup:.2f}x",
                 worst.shape.label,
             )
         )
-    header = ("cell", "mode", "threads", "shapes", "geometric mean", "worst", "worst shape")
-    return Table("Speed-up over torch.nn", header, rows, ("cell", "mode", "worst shape"))
+    header = ("cell", "mode", "threads", "peer", "shapes", "geometric mean", "worst", "worst shape")
+    title = f"Speed-up over {names(r.peer for r in results)}"
+    return Table(title, header, rows, ("cell", "mode", "peer", "worst shape"))
 
 
-def comparison(results: Iterable[Result], old: Iterable[Result]) -> Table:
+def disturbed(records: Iterable[Condition]) -> list[Table]:
+    """A table for each kind of condition."""
+    tables: dict[str, Table] = {}
+    header = ("shape", "mode", "threads", "case", "ordinary ms", "ms", "ratio", "", "torch.nn's")
+    for r in records:
+        kind = conditions.KINDS[r.shape.name]
+        title = f"{r.shape.name}: {kind.words}; at most {kind.limit:g}x"
+        words = ("shape", "mode", "case", "")
+        table = tables.setdefault(r.shape.name, Table(title, header, [], words))
+        table.rows.append(
+            (
+                r.shape.label,
+                r.mode,
+                str(r.threads),
+                r.case,
+                _ms(r.base_ms),
+                _ms(r.ms),
+                f"{r.ratio:.2f}x [{r.q25:.2f}-{r.q75:.2f}]",
+                "exceeded" if r.ratio > r.limit else "",
+                f"{r.torch_ratio:.2f}x",
+            )
+        )
+    return list(tables.values())
+
+
+def memories(records: Iterable[Memory]) -> list[Table]:
+    """A table for each number of threads."""
+    tables: dict[int, Table] = {}
+    header = ("shape", "torch.nn MiB", "fused_rnn MiB", "ratio")
+    for r in records:
+        title = f"Peak memory of a training step, {threads(r.threads)}"
+        table = tables.setdefault(r.threads, Table(title, header, []))
+        ratio = known(r.ratio, ".2f")
+        table.rows.append((r.shape.label, f"{r.torch_mib:.1f}", f"{r.fused_mib:.1f}", ratio))
+    return list(tables.values())
+
+
+def comparison(results: Iterable[Result], old: Iterable[Record]) -> Table:
     """`change` is the old time of fused_rnn over the new one: above 1 it became faster."""
-    before = {_key(r): r for r in old}
+    before = {_key(r): r for r in old if isinstance(r, Result)}
     rows: list[tuple[str, ...]] = []
     changes = []
     for r in results:
@@ -172,6 +264,7 @@ def comparison(results: Iterable[Result], old: Iterable[Result]) -> Table:
                 r.shape.label,
                 r.mode,
                 str(r.threads),
+                r.peer,
                 _ms(then.fused_ms),
                 _ms(r.fused_ms),
                 f"{changes[-1]:.2f}x",
@@ -182,12 +275,13 @@ def comparison(results: Iterable[Result], old: Iterable[Result]) -> Table:
     title = f"{len(rows)} measurements in common with the older run"
     if changes:
         title += f", change {statistics.geometric_mean(changes):.2f}x in the geometric mean"
-    header = ("shape", "mode", "threads", "old ms", "new ms", "change", "old speed-up", "new")
-    return Table(title, header, rows, ("shape", "mode"))
+    compared = ("shape", "mode", "threads", "peer")
+    header = (*compared, "old ms", "new ms", "change", "old speed-up", "new")
+    return Table(title, header, rows, ("shape", "mode", "peer"))
 
 
-def _key(r: Result) -> tuple[Shape, str, int, str]:
-    return r.shape, r.mode, r.threads, r.dtype
+def _key(r: Result) -> tuple[Shape, str, int, str, str]:
+    return r.shape, r.mode, r.threads, r.dtype, r.peer
 
 
 def slower(results: Iterable[Result], limit: float) -> list[Result]:
@@ -198,24 +292,51 @@ def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def heading(records: Sequence[Record]) -> tuple[str, str]:
+    """Of a page: its title, and what was measured how."""
+    if times := [r for r in records if isinstance(r, Result)]:
+        return (
+            f"fused_rnn against {names(r.peer for r in times)}",
+            "Time of one call of the layer: median of calls made in turn with the peer's; with "
+            "torch.nn's in one process, with others' in one process each. Speed-up is the peer's "
+            "time over fused_rnn's, with its quartiles over the pairs of calls. Training is a "
+            "forward and a backward call. Every row was first checked for equal results. Of the "
+            "roof: the least time that this machine's arithmetic and caches allow, over "
+            "fused_rnn's.",
+        )
+    if any(isinstance(r, Memory) for r in records):
+        return (
+            "memory of fused_rnn and torch.nn",
+            "By how much a process grows at most in one forward and backward call, each in a "
+            "process of its own: output, saved values, workspaces and all gradients, in pages that "
+            "were touched. Ratio is fused_rnn's over torch.nn's.",
+        )
+    return (
+        "fused_rnn under conditions",
+        "Time of one call of the layer under a condition and of one without, median of calls made "
+        "in turn; their ratio, with its quartiles over the pairs of calls, what it may be at most, "
+        "and that of torch.nn in the same run.",
+    )
+
+
 def markdown(
-    results: Sequence[Result], environment: Environment, failures: Sequence[str], plot: str | None
+    records: Sequence[Record], environment: Environment, failures: Sequence[str], plot: str | None
 ) -> str:
     """The page for people: what was measured on which machine, the summary, every row."""
-    dtypes = ", ".join(sorted({r.dtype for r in results}))
+    dtypes = ", ".join(sorted({r.dtype for r in records}))
+    title, words = heading(records)
     parts = [
-        f"# fused_rnn against torch.nn, {environment.date[:10]}\n",
+        f"# {title}, {environment.date[:10]}\n",
         f"{environment.machine}; {environment.versions}; {dtypes}.\n\n"
         f"    {environment.command}\n\n"
-        "Time of one call of the layer: median of calls made in turn with torch.nn's in one "
-        "process. Speed-up is torch.nn's time over fused_rnn's, with its quartiles over the "
-        "pairs of calls. Training is a forward and a backward call. Every row was first checked "
-        "for equal results.\n",
+        f"{words}\n",
     ]
     if failures:
         parts.append("**No numbers, because the results differ:**\n")
         parts.append("".join(f"- {failure}\n" for failure in failures))
     if plot:
         parts.append(f"![speed-up per shape]({plot})\n")
-    parts += [table.markdown() for table in (summary(results), *measurements(results))]
+    if times := [r for r in records if isinstance(r, Result)]:
+        parts.append(summary(times).markdown())
+    parts += [table.markdown() for table in details(records)]
     return "\n".join(parts)

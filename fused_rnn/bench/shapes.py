@@ -7,8 +7,12 @@ sizes one by one. `QUICK` is a sample of both for a first impression.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import product
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+CELLS = tuple(GATES)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,23 @@ class Shape:
     @property
     def family(self) -> str:
         return self.cell.removesuffix("Cell")
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.family]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of every sequence; equal in every run, so that runs can be compared."""
+        if not self.packed:
+            return [self.T] * self.B
+        uniform = random.Random(0)
+        return [self.T, *(uniform.randint(1, self.T) for _ in range(self.B - 1))]
+
+    @property
+    def rows(self) -> int:
+        """Steps of all sequences together: N, the rows of a PackedSequence."""
+        return sum(self.lengths)
 
     @property
     def sizes(self) -> str:
@@ -108,7 +129,6 @@ PROGRAMS = (
     Shape("graph aggregation, sums", "GRU", 2, 1797, 32, 32),
 )
 
-CELLS = ("LSTM", "GRU", "RNN")
 
 # Nothing to compute: what remains is the cost of a call.
 OVERHEAD = tuple(Shape("cost of a call", cell, 1, 1, 8, 8) for cell in CELLS)
@@ -138,4 +158,21 @@ QUICK = (
     *(shape for shape in GRID if shape.name == "grid" and (shape.B, shape.H) in _QUICK_SIZES),
 )
 
-SUITES = {"quick": QUICK, "programs": PROGRAMS, "grid": GRID, "all": PROGRAMS + GRID}
+# What may disturb a layer, see conditions.py: with one sequence, and with several.
+CONDITIONS = (
+    *(Shape("busy", cell, 50, B, H, H) for cell in CELLS for B, H in ((1, 512), (32, 128))),
+    *(
+        Shape("ragged", cell, 50, B, H, H, packed=True)
+        for cell in CELLS
+        for B, H in ((8, 256), (32, 128))
+    ),
+    *(Shape("values", cell, 50, B, H, H) for cell in CELLS for B, H in ((1, 256), (32, 128))),
+)
+
+SUITES = {
+    "quick": QUICK,
+    "programs": PROGRAMS,
+    "grid": GRID,
+    "all": PROGRAMS + GRID,
+    "conditions": CONDITIONS,
+}
