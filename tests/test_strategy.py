@@ -142,7 +142,13 @@ def test_every_split_gives_the_same_bits(
         ("units", 2, (5, 4, 6), {}, "there are too few units"),
         ("units", 2, (5, 4, 64), {"proj_size": 8}, "a projection reads all units of a step"),
         ("layers", 2, (5, 4, 6), {}, "there is one layer"),
-        ("layers", 2, (5, 4, 6), {"num_layers": 2, "bidirectional": True}, "a layer starts after both directions of the one below"),
+        (
+            "layers",
+            2,
+            (5, 4, 6),
+            {"num_layers": 2, "bidirectional": True},
+            "a layer starts after both directions of the one below",
+        ),
         ("rows", 1, (5, 4, 6), {}, "there is one thread per direction"),
     ],
 )
