@@ -177,6 +177,7 @@ def _log_strategy(call: _Call) -> None:
             rows=call.input.shape[0] if call.batch_sizes is not None else 0,
             threads=torch.get_num_threads(),
             backward=backward,
+            busy=torch.get_num_threads() > 1 and _C.busy(),
         )
         text = strategy.describe(plan)
         name = f"{call.cell} {'backward' if backward else 'forward'}"

@@ -21,6 +21,12 @@ SPLITS = ("none", "rows", "units", "layers")
 MIB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log speaks of a quiet machine, whatever this one is."""
+    monkeypatch.setattr(_C, "busy", lambda: False)
+
+
 def plan(T: int, B: int, H: int, **options: Any) -> Plan:
     return _C.strategy("lstm", T, B, H, H, **{"threads": 2} | options)
 
@@ -188,6 +194,48 @@ def test_the_log_tells_both_ways_and_only_when_asked(caplog: pytest.LogCaptureFi
         "gru backward T=30 B=20 I=8 H=40",
     ]
     assert all("rows, 2 threads: each thread has sequences of its own" in text for text in texts)
+
+
+MS = 1_000_000
+
+
+def test_a_call_that_waited_for_a_core_keeps_the_next_ones_on_one_thread() -> None:
+    pressure = _C.Pressure()
+    assert not pressure.high(0)
+    pressure.report(10 * MS, total=8 * MS, lost=6 * MS)
+    assert pressure.high(10 * MS)
+    assert pressure.high(13 * MS)
+    assert not pressure.high(14 * MS)  # then one call tries again
+    assert plan(50, 1, 256, busy=True)["reason"] == "other programs keep the cores busy"
+    assert plan(50, 1, 256, busy=True)["threads"] == 1
+
+
+def test_pauses_grow_while_the_machine_stays_busy_and_end_when_it_is_quiet() -> None:
+    pressure = _C.Pressure()
+    now, pauses = 0, []
+    for _ in range(9):
+        pressure.report(now, total=8 * MS, lost=6 * MS)
+        start = now
+        while pressure.high(now):
+            now += MS
+        pauses.append((now - start) // MS)
+    assert pauses == [4, 8, 16, 32, 64, 128, 256, 256, 256]
+    for _ in range(6):
+        pressure.report(now, total=8 * MS, lost=MS)
+        assert not pressure.high(now)
+    pressure.report(now, total=8 * MS, lost=6 * MS)
+    assert not pressure.high(now + 4 * MS)
+
+
+@pytest.mark.parametrize(
+    ("total", "lost"),
+    [(8 * MS, 3 * MS), (MS // 10, MS // 10), (8 * MS, 0)],
+    ids=["less than half", "no time slice", "nothing"],
+)
+def test_ordinary_waiting_is_no_pressure(total: int, lost: int) -> None:
+    pressure = _C.Pressure()
+    pressure.report(0, total, lost)
+    assert not pressure.high(1)
 
 
 def test_an_unknown_split_is_refused_and_the_choice_returns() -> None:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "../cpu/pressure.h"
 #include "../cpu/strategy.h"
 #include "memory.h"
 
@@ -156,7 +157,7 @@ double stream_rate(int64_t bytes, int threads) {
 
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
                   int64_t layers, int64_t directions, int64_t rows, int threads, bool backward,
-                  int64_t l2, int64_t l3) {
+                  bool busy, int64_t l2, int64_t l3) {
   Stack stack;
   Weights weights;
   if (proj) weights.hr = &weights;  // only asked whether it is there
@@ -170,6 +171,7 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   stack.dirs = directions;
   stack.weights = &weights;
   cpu::Machine machine = cpu::this_machine(threads);
+  machine.busy = busy;
   if (l2) machine.l2 = l2;
   if (l3) machine.l3 = l3;
   const cpu::Plan plan = (backward ? cpu::plan_backward : cpu::plan_forward)(
@@ -254,6 +256,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::kw_only(), py::arg("proj") = 0, py::arg("layers") = 1,
         py::arg("directions") = 1, py::arg("rows") = 0, py::arg("threads") = 1,
-        py::arg("backward") = false, py::arg("l2") = 0, py::arg("l3") = 0);
+        py::arg("backward") = false, py::arg("busy") = false, py::arg("l2") = 0, py::arg("l3") = 0);
+  m.def("busy", [] { return cpu::pressure().high(cpu::now_ns()); });
+  py::class_<cpu::Pressure>(m, "Pressure")
+      .def(py::init<>())
+      .def("high", &cpu::Pressure::high, py::arg("now"))
+      .def("report", &cpu::Pressure::report, py::arg("now"), py::arg("total"), py::arg("lost"));
   m.def("force_split", &force_split, py::arg("split"));
 }

@@ -10,11 +10,14 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "../cpu/pressure.h"
 #include "../cpu/strategy.h"
+#include "../cpu/team.h"
 #include "memory.h"
 
 namespace fused_rnn {
@@ -244,8 +247,16 @@ class Call {
       return static_cast<Call*>(host)->blocks_.emplace_back(take_block(bytes), &give_block).get();
     };
     runtime.parallel = [](int count, void (*body)(int, int, void*), void* argument) {
-      torch::stable::parallel_for(
-          0, count, 1, [=](int64_t begin, int64_t end) { body(int(begin), int(end), argument); });
+      // What the calling thread loses to waiting, inside and at the end, tells of a busy machine.
+      const int64_t start = cpu::now_ns(), slept = cpu::slept_ns();
+      const std::thread::id caller = std::this_thread::get_id();
+      int64_t done = start;
+      torch::stable::parallel_for(0, count, 1, [=, &done](int64_t begin, int64_t end) {
+        body(int(begin), int(end), argument);
+        if (std::this_thread::get_id() == caller) done = cpu::now_ns();
+      });
+      const int64_t end = cpu::now_ns();
+      cpu::pressure().report(end, end - start, end - done + cpu::slept_ns() - slept);
     };
     kernel(problem, plan, runtime);
   }

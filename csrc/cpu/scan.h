@@ -60,9 +60,8 @@ class Scan {
         barriers_{Barrier(int(team(0).size())), Barrier(int(team(1).size()))} {}
 
   void lay_out_teams(Arena& arena) {
-    progress_ = arena.take<Progress>(by_layers() ? p_.layers : 0);
-    if (progress_)
-      for (int64_t layer = 0; layer < p_.layers; ++layer) progress_[layer] = Progress();
+    progress_ = arena.take<Counter>(by_layers() ? p_.layers : 0);
+    for (int64_t layer = 0; progress_ && layer < p_.layers; ++layer) progress_[layer] = Counter();
     for (int64_t d = 0; d < p_.dirs; ++d) {
       const int size = int(team(d).size());
       members_[d] = arena.take<Member>(plan_.blocks * size);
@@ -141,7 +140,7 @@ class Scan {
     progress_[layer].wait_for(int(block * chunks + done / plan_.chunk_steps + 1));
   }
   void lead(int64_t layer) {
-    if (by_layers()) progress_[layer].advance();
+    if (by_layers()) progress_[layer].increment();
   }
 
   template <class Body>
@@ -181,7 +180,7 @@ class Scan {
   Barrier everyone_;
   Barrier barriers_[2];
   Member* members_[2];  // of each team, block by block
-  Progress* progress_;  // [layers]
+  Counter* progress_;   // [layers]: chunks done
 };
 
 template <class S>

@@ -1,5 +1,7 @@
 #include "strategy.h"
 
+#include "pressure.h"
+
 #include <unistd.h>
 
 #include <algorithm>
@@ -52,9 +54,9 @@ struct Question {
   double step_us;      // one step of one direction on one thread
   double all_us;       // the whole stack on one thread
 
-  Question(const Stack& s, int64_t gates, const Machine& machine, double passes)
+  Question(const Stack& s, int64_t gates, int in_all, double passes)
       : stack(s),
-        threads(std::max(1, machine.threads / int(s.dirs))),
+        threads(std::max(1, in_all / int(s.dirs))),
         unit_parts(pad_units(s.H) / kUnitPad) {
     const double weights = double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
     const double rows = double(s.steps.N) / double(std::max<int64_t>(s.steps.T, 1));
@@ -108,7 +110,8 @@ constexpr const char* kReasons[kSplits] = {
     "each thread has layers of its own, a chunk of steps behind the one below"};
 
 Plan choose(const Stack& s, int64_t gates, const Machine& machine, double passes) {
-  const Question question(s, gates, machine, passes);
+  const int threads = machine.busy ? 1 : machine.threads;
+  const Question question(s, gates, threads, passes);
   Plan plan;
   const auto take = [&](Split split, const char* reason) {
     plan.split = split;
@@ -119,8 +122,7 @@ Plan choose(const Stack& s, int64_t gates, const Machine& machine, double passes
                          : split == Split::kLayers ? s.layers
                                                    : 1);
     plan.threads = std::min(question.threads, most);
-    if (s.dirs == 2 && machine.threads >= 2 &&
-        (machine.forced || question.all_us >= kWorthARegion)) {
+    if (s.dirs == 2 && threads >= 2 && (machine.forced || question.all_us >= kWorthARegion)) {
       if (split == Split::kNone) plan.reason = "one thread per direction";
       plan.threads *= 2;
     }
@@ -150,7 +152,9 @@ Plan choose(const Stack& s, int64_t gates, const Machine& machine, double passes
         if (Split(i) != split && !plan.against[i]) plan.against[i] = "another split is faster here";
       return plan;
     }
-  take(Split::kNone, machine.threads < 2 ? "one thread is allowed" : "no split of the work pays");
+  take(Split::kNone, machine.busy  ? "other programs keep the cores busy"
+                     : threads < 2 ? "one thread is allowed"
+                                   : "no split of the work pays");
   return plan;
 }
 
@@ -180,12 +184,14 @@ int64_t cache_size(int name, int64_t otherwise) {
 Machine this_machine(int threads) {
   static constexpr Split kAll[kSplits] = {Split::kNone, Split::kRows, Split::kUnits,
                                           Split::kLayers};
-  static const Machine caches = {1, cache_size(_SC_LEVEL2_CACHE_SIZE, Machine{}.l2),
-                                 cache_size(_SC_LEVEL3_CACHE_SIZE, Machine{}.l3)};
-  Machine machine = caches;
-  machine.threads = threads;
-  const int forced = forced_split.load(std::memory_order_relaxed);
-  if (forced >= 0) machine.forced = &kAll[forced];
+  static const int64_t l2 = cache_size(_SC_LEVEL2_CACHE_SIZE, Machine{}.l2);
+  static const int64_t l3 = cache_size(_SC_LEVEL3_CACHE_SIZE, Machine{}.l3);
+  Machine machine{.threads = threads, .l2 = l2, .l3 = l3};
+  if (const int forced = forced_split.load(std::memory_order_relaxed); forced >= 0) {
+    machine.forced = &kAll[forced];
+  } else {
+    machine.busy = threads > 1 && pressure().high(now_ns());
+  }
   return machine;
 }
 

@@ -21,12 +21,13 @@ constexpr const char* kSplitNames[kSplits] = {"none", "rows", "units", "layers"}
 // What a choice may depend on besides the problem.
 struct Machine {
   int threads = 1;
+  bool busy = false;     // one thread, because other programs have the cores
   int64_t l2 = 1 << 20;  // bytes, of a core
   int64_t l3 = 1 << 25;  // bytes, of all cores together
   const Split* forced = nullptr;
 };
 
-// This machine, with the split that force_split() has set.
+// This machine as it is now, with the split that force_split() has set.
 Machine this_machine(int threads);
 // Null: choose freely.
 void force_split(const Split* split);

@@ -1,6 +1,13 @@
 #include "team.h"
 
-#include <sched.h>
+#include "pressure.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <climits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -8,9 +15,12 @@
 namespace fused_rnn::cpu {
 namespace {
 
-// Pauses before the core is offered to others. Short: where cores are shared, spinning longer costs
-// a time slice (a millisecond per step was measured with 20,000), yielding costs a microsecond.
-constexpr int kPauses = 64;
+// About 20 to 50 us. A step's work differs by less between threads, and a time slice, which is what
+// a partner without a core waits for, is a hundred times as long. Yielding instead of sleeping gave
+// the slice to whatever else was running: with another busy process a barrier took 4 ms.
+constexpr int kPauses = 1000;
+
+thread_local int64_t slept = 0;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -18,31 +28,58 @@ inline void pause() {
 #endif
 }
 
-template <class Condition>
-void wait_until(Condition holds) {
-  for (int i = 0; !holds(); ++i) {
-    if (i < kPauses)
-      pause();
-    else
-      sched_yield();
-  }
+long futex(int* word, int operation, int value) {
+  return syscall(SYS_futex, word, operation, value, nullptr, nullptr, 0);
 }
 
 }  // namespace
 
-void Barrier::wait(int arrivals) {
-  if (arrivals == members_) return;
-  const unsigned phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
-  if (__atomic_add_fetch(&arrived_, arrivals, __ATOMIC_ACQ_REL) == members_) {
-    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
-    return;
-  }
-  wait_until([&] { return __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) != phase; });
+// The order matters: value_ before sleepers_ here, sleepers_ before value_ in wait_for. So either
+// the one sees the sleeper, or the other sees the new value.
+void Counter::increment() {
+  __atomic_fetch_add(&value_, 1, __ATOMIC_SEQ_CST);
+  if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) > 0)
+    futex(&value_, FUTEX_WAKE_PRIVATE, INT_MAX);
 }
 
-void Progress::wait_for(int steps) const {
-  wait_until([&] { return __atomic_load_n(&steps_, __ATOMIC_ACQUIRE) >= steps; });
+void Counter::wait_for(int target) {
+  const auto reached = [&](int value) { return int(unsigned(value) - unsigned(target)) >= 0; };
+  for (int i = 0; i < kPauses; ++i) {
+    if (reached(value())) return;
+    pause();
+  }
+  const int64_t start = now_ns();
+  __atomic_fetch_add(&sleepers_, 1, __ATOMIC_SEQ_CST);
+  for (int seen; !reached(seen = __atomic_load_n(&value_, __ATOMIC_SEQ_CST));)
+    futex(&value_, FUTEX_WAIT_PRIVATE, seen);
+  __atomic_fetch_sub(&sleepers_, 1, __ATOMIC_RELAXED);
+  slept += now_ns() - start;
+}
+
+int64_t slept_ns() {
+  return slept;
+}
+
+Pressure& pressure() {
+  static Pressure pressure;
+  return pressure;
+}
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+void Barrier::wait(int arrivals) {
+  if (arrivals == members_) return;
+  const int phase = phase_.value();
+  if (__atomic_add_fetch(&arrived_, arrivals, __ATOMIC_ACQ_REL) == members_) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    phase_.increment();
+  } else {
+    phase_.wait_for(phase + 1);
+  }
 }
 
 }  // namespace fused_rnn::cpu
