@@ -17,8 +17,9 @@ constexpr double kBytesPerMicrosecond = 7e4;
 // Opening a parallel region costs 1-2 us; a barrier 0.1 us and, when a core is shared, much more.
 constexpr double kWorthARegion = 20.0;
 constexpr double kWorthABarrier = 2.0;
-// Rows per thread from which a tile is high enough for a thread to have sequences of its own.
-constexpr int64_t kRowsWorthAThread = 8;
+// Rows per thread from which a thread has sequences of its own: a tile of four is nearly as fast as
+// a higher one, and nobody waits.
+constexpr int64_t kRowsWorthAThread = 4;
 // A layer waits for the one below at every chunk: so many chunks keep all threads busy most of the
 // time, and a chunk of fewer steps would use W_ih badly.
 constexpr int64_t kWavefrontChunks = 16;
