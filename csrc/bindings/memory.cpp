@@ -21,19 +21,31 @@ constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
 // Stands in front of the data, in a line of its own.
 struct Header {
   size_t bytes;  // of data
+  Use use;
 };
 static_assert(sizeof(Header) <= kAlignment);
 
-size_t& bytes_of(void* data) {
-  return reinterpret_cast<Header*>(static_cast<char*>(data) - kAlignment)->bytes;
+Header& header_of(void* data) {
+  return *reinterpret_cast<Header*>(static_cast<char*>(data) - kAlignment);
 }
 
-void* allocate(size_t bytes) {
+size_t bytes_of(void* data) {
+  return header_of(data).bytes;
+}
+
+// Whether a kept block serves a request. A tensor's may be a quarter too large.
+bool serves(void* data, size_t bytes, Use use) {
+  const Header& header = header_of(data);
+  if (header.use != use || header.bytes < bytes) return false;
+  return use == Use::kWorkspace || header.bytes <= bytes + bytes / 4;
+}
+
+void* allocate(size_t bytes, Use use) {
   void* base = std::aligned_alloc(kAlignment,
                                   kAlignment + (bytes + kAlignment - 1) / kAlignment * kAlignment);
   if (!base) throw std::bad_alloc();
   void* data = static_cast<char*>(base) + kAlignment;
-  bytes_of(data) = bytes;
+  header_of(data) = {bytes, use};
 #if defined(MADV_HUGEPAGE)
   if (bytes >= 2 * kHugePage) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
@@ -74,19 +86,26 @@ std::atomic<bool> poison{false};
 
 // The lock is only tried: in a process forked while another thread held it, it stays locked for
 // ever, and blocks then simply come from the system.
-void* take_block(size_t bytes) {
+void* take_block(size_t bytes, Use use) {
   Cache& kept = cache();
   void* data = nullptr;
   if (const std::unique_lock lock(kept.mutex, std::try_to_lock); lock) {
     size_t best = kept.blocks.size();
     for (size_t i = 0; i < kept.blocks.size(); ++i) {
-      const size_t size = bytes_of(kept.blocks[i]);
-      if (size < bytes || size > 2 * bytes + kHugePage) continue;
-      if (best == kept.blocks.size() || size < bytes_of(kept.blocks[best])) best = i;
+      if (!serves(kept.blocks[i], bytes, use)) continue;
+      if (best == kept.blocks.size() || bytes_of(kept.blocks[i]) < bytes_of(kept.blocks[best]))
+        best = i;
     }
-    if (best < kept.blocks.size()) data = kept.remove(best);
+    if (best < kept.blocks.size()) {
+      data = kept.remove(best);
+    } else if (use == Use::kWorkspace) {
+      // Forward and backward take turns: the larger of their workspaces serves both, and the
+      // smaller one would only be kept beside it.
+      for (size_t i = kept.blocks.size(); i-- > 0;)
+        if (header_of(kept.blocks[i]).use == use) release(kept.remove(i));
+    }
   }
-  if (!data) data = allocate(bytes);
+  if (!data) data = allocate(bytes, use);
   new_memory(data, bytes);
   return data;
 }

@@ -13,8 +13,13 @@ namespace fused_rnn {
 // At most this much is kept for later.
 constexpr size_t kCacheLimit = size_t(256) << 20;
 
+enum class Use {
+  kWorkspace,  // dies with the call: any kept workspace that is large enough will do
+  kTensor,     // outlives it: a block much too large would stay half empty
+};
+
 // An uninitialised block, aligned to 64 bytes.
-void* take_block(size_t bytes);
+void* take_block(size_t bytes, Use use);
 void give_block(void* data);
 
 size_t cached_bytes();

@@ -112,7 +112,9 @@ double multiplications_per_second(int threads, int64_t rows, int64_t K, int64_t 
   const auto work = [&](double& best) {
     using Clock = std::chrono::steady_clock;
     const std::unique_ptr<void, void (*)(void*)> block(
-        take_block(size_t(rows * K + K * columns + rows * columns) * sizeof(float)), &give_block);
+        take_block(size_t(rows * K + K * columns + rows * columns) * sizeof(float),
+                   Use::kWorkspace),
+        &give_block);
     float* a = static_cast<float*>(block.get());
     std::fill_n(a, rows * K + K * columns, 0.5f);
     float* w = a + rows * K;

@@ -206,7 +206,7 @@ class Call {
     const size_t bytes = size_t(shape.numel()) * size;
     if (bytes < kWorthKeeping && of == type) return empty(shape);
     const Shape strides = shape.contiguous_strides();
-    return torch::stable::from_blob(take_block(bytes), {shape.data(), shape.size()},
+    return torch::stable::from_blob(take_block(bytes, Use::kTensor), {shape.data(), shape.size()},
                                     {strides.data(), strides.size()}, input_.device(), of,
                                     &give_block);
   }
@@ -244,7 +244,9 @@ class Call {
     runtime.threads = plan.threads;
     runtime.host = this;
     runtime.allocate = [](void* host, size_t bytes) {
-      return static_cast<Call*>(host)->blocks_.emplace_back(take_block(bytes), &give_block).get();
+      return static_cast<Call*>(host)
+          ->blocks_.emplace_back(take_block(bytes, Use::kWorkspace), &give_block)
+          .get();
     };
     runtime.parallel = [](int count, void (*body)(int, int, void*), void* argument) {
       // What the calling thread loses to waiting, inside and at the end, tells of a busy machine.
