@@ -229,8 +229,8 @@ def test_pauses_grow_while_the_machine_stays_busy_and_end_when_it_is_quiet() -> 
 
 @pytest.mark.parametrize(
     ("total", "lost"),
-    [(8 * MS, 3 * MS), (MS // 10, MS // 10), (8 * MS, 0)],
-    ids=["less than half", "no time slice", "nothing"],
+    [(8 * MS, 5 * MS), (MS // 10, MS // 10), (8 * MS, 0)],
+    ids=["less than two thirds", "no time slice", "nothing"],
 )
 def test_ordinary_waiting_is_no_pressure(total: int, lost: int) -> None:
     pressure = _C.Pressure()

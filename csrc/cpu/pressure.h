@@ -9,9 +9,9 @@ namespace fused_rnn::cpu {
 
 // Threads that need each other at every step are as fast as the slowest of them; where one has lost
 // its core to another program, the rest wait for a time slice, some milliseconds. A call that lost
-// most of its time so would have been faster on one thread. After such a call the next ones stay on
-// one thread for a while, longer each time it happens again; then one tries anew. Times are in
-// nanoseconds.
+// two thirds of its time so would have been faster on one thread; ordinary waiting, for a layer that
+// has twice the work, is less. After such a call the next ones stay on one thread for a while,
+// longer each time it happens again; then one tries anew. Times are in nanoseconds.
 class Pressure {
  public:
   // Whether a call that starts now should stay on one thread.
@@ -19,7 +19,7 @@ class Pressure {
   // A call on several threads has ended, and its own thread has waited `lost` of its `total` time.
   void report(int64_t now, int64_t total, int64_t lost) {
     const int level = level_.load(std::memory_order_relaxed);
-    if (lost < kLeast || 2 * lost < total) {
+    if (lost < kLeast || 3 * lost < 2 * total) {
       if (level > 0) level_.store(level - 1, std::memory_order_relaxed);
       return;
     }
