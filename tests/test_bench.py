@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import product
 from pathlib import Path
-from time import perf_counter
+from time import process_time, sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -281,18 +281,23 @@ def test_a_turn_is_the_mean_of_its_calls_after_one_that_does_not_count(
     assert sides._time(3) == 3.0
 
 
-def test_a_turn_ends_when_the_threads_are_idle() -> None:
-    busy = perf_counter() + 0.03
+def spinning(threads: int) -> tuple[Any, list[torch.Tensor]]:
+    """A program whose threads spin on after a call; its timer tells the processor time it had."""
 
     def spin() -> None:
-        while perf_counter() < busy:
+        while True:
             pass
 
-    thread = threading.Thread(target=spin)
-    thread.start()
-    sides._rest()
-    assert perf_counter() >= busy
-    thread.join()
+    threading.Thread(target=spin, daemon=True).start()
+    return process_time, []
+
+
+def test_a_side_stands_still_between_its_turns() -> None:
+    with closing(sides.Side(1)) as side:
+        side.load(spinning)
+        before = side.timer()()
+        sleep(0.3)
+        assert side.timer()() - before < 0.15
 
 
 class HereAndWrong(sides.Side):

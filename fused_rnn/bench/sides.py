@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +24,6 @@ from fused_rnn.bench.work import Timer
 LEAST_PAIRS = 5
 # What a process is asked for lasts this long at least, beside which its waking up is little.
 TURN = 2e-3
-# Idle threads of a pool spin for a while before they sleep; we wait for that, but not forever.
-REST = 1e-3
-LONGEST_REST = 0.2
 
 
 def process(threads: int) -> ProcessPoolExecutor:
@@ -80,17 +81,28 @@ class Side:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._process = process(threads)
+        self._pid = self._process.submit(_die_with_parent).result()
 
     def load(self, build: Build, *arguments: object) -> list[Tensor]:
         """Replaces the program by `build(*arguments, threads)`; what a call of it gives."""
-        results = self._process.submit(_load, build, *arguments, self._threads).result()
+        results = self._turn(_load, build, *arguments, self._threads)
         return [torch.from_numpy(result) for result in results]
 
     def timer(self, calls: int = 1) -> Timer:
         """Seconds of a call, in the mean over `calls` in a row."""
-        return lambda: self._process.submit(_time, calls).result()
+        return lambda: self._turn(_time, calls)
+
+    def _turn(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Between its turns the process is stopped: threads of a pool spin on after a call, some
+        without end, on the cores of the side whose turn it is."""
+        os.kill(self._pid, signal.SIGCONT)
+        result = self._process.submit(function, *arguments).result()
+        os.kill(self._pid, signal.SIGSTOP)
+        return result
 
     def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGCONT)
         self._process.shutdown()
 
 
@@ -104,6 +116,13 @@ def take_turns(sides: Sequence[Side], budget: float) -> list[tuple[float, ...]]:
 # In the process of a side:
 
 _timer: Timer | None = None
+
+
+def _die_with_parent() -> int:
+    """This process's number. Killed with its parent: a stopped process would never notice."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getpid()
 
 
 def _load(build: Build, *arguments: object) -> list[object]:
@@ -120,17 +139,6 @@ def _time(calls: int) -> float:
     timer()  # while this process slept, the caches became another's
     gc.disable()
     try:
-        seconds = sum(timer() for _ in range(calls)) / calls
+        return sum(timer() for _ in range(calls)) / calls
     finally:
         gc.enable()
-    _rest()
-    return seconds
-
-
-def _rest() -> None:
-    """Returns when no thread of this process runs any more: the cores are the next side's."""
-    end = time.perf_counter() + LONGEST_REST
-    used = -math.inf
-    while time.process_time() - used > REST / 2 and time.perf_counter() < end:
-        used = time.process_time()
-        time.sleep(REST)
