@@ -27,6 +27,8 @@ _log = logging.getLogger("fused_rnn")
 _strategy_log = logging.getLogger("fused_rnn.strategy")
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Whether torch's LSTM runs on oneDNN in bfloat16 here: on processors with AVX-512.
+_ONEDNN_BFLOAT16: bool = torch._C._has_mkldnn and (torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Result = tuple[Tensor, Tensor, Tensor | None]
@@ -93,7 +95,8 @@ def rnn(
         # As torch: the products are autocast, and rnn, which is little else; of the others what
         # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection).
         low = torch.get_autocast_dtype("cpu")
-        onednn = cell == "lstm" and batch_sizes is None and low == torch.bfloat16
+        bfloat16 = low == torch.bfloat16 and _ONEDNN_BFLOAT16
+        onednn = cell == "lstm" and batch_sizes is None and bfloat16
         projected = len(weights) // (num_layers * (2 if bidirectional else 1)) % 2 == 1
         whole = cell.startswith("rnn") or onednn or projected
         call = _autocast(call, low if whole else None)
