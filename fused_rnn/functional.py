@@ -28,7 +28,7 @@ _strategy_log = logging.getLogger("fused_rnn.strategy")
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Whether torch's LSTM runs on oneDNN in bfloat16 here: on processors with AVX-512.
-_ONEDNN_BFLOAT16: bool = torch._C._has_mkldnn and (torch.ops.mkldnn._is_mkldnn_bf16_supported())
+_ONEDNN_BFLOAT16: bool = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Result = tuple[Tensor, Tensor, Tensor | None]

@@ -9,8 +9,8 @@ namespace fused_rnn::cpu {
 
 // Threads that need each other at every step are as fast as the slowest of them; where one has lost
 // its core to another program, the rest wait for a time slice, some milliseconds. A call that lost
-// two thirds of its time so would have been faster on one thread; ordinary waiting, for a layer that
-// has twice the work, is less. After such a call the next ones stay on one thread for a while,
+// two thirds of its time so would have been faster on one thread; ordinary waiting, for a layer
+// that has twice the work, is less. After such a call the next ones stay on one thread for a while,
 // longer each time it happens again; then one tries anew. Times are in nanoseconds.
 class Pressure {
  public:
