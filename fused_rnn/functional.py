@@ -27,11 +27,20 @@ _log = logging.getLogger("fused_rnn")
 _strategy_log = logging.getLogger("fused_rnn.strategy")
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Whether torch's LSTM runs on oneDNN in bfloat16 here: on processors with AVX-512.
-_ONEDNN_BFLOAT16: bool = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Result = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _onednn_has_bfloat16() -> bool:
+    """Whether torch's LSTM runs on oneDNN in bfloat16 here: on processors with AVX-512."""
+    try:  # a private name, and missing where torch is built without oneDNN
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:
+        return False
+
+
+_ONEDNN_BFLOAT16 = _onednn_has_bfloat16()
 
 
 class _Call(NamedTuple):
