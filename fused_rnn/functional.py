@@ -55,6 +55,9 @@ class _Call(NamedTuple):
     num_layers: int
     bidirectional: bool
     batch_first: bool
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    reset_to_initial: bool = False
 
 
 def rnn(
@@ -171,7 +174,7 @@ def _log_strategy(call: _Call) -> None:
     from . import _C
 
     directions = 2 if call.bidirectional else 1
-    weights = reference.split_weights(call.weights, call.num_layers * directions)[0]
+    weights = reference.split_weights(call.cell, call.weights, call.num_layers * directions)[0]
     if call.batch_sizes is not None:
         T, B = len(call.batch_sizes), int(call.batch_sizes[0])
     elif call.input.dim() == 2:
@@ -179,7 +182,7 @@ def _log_strategy(call: _Call) -> None:
     else:
         B, T = call.input.shape[:2] if call.batch_first else call.input.shape[1::-1]
     I = call.input.shape[-1]
-    H = weights.hh.shape[0] // _C.cells()[call.cell]["gates"]
+    H = weights.units
     for backward in (False, True) if torch.is_grad_enabled() else (False,):
         plan = _C.strategy(
             *(call.cell, T, B, I, H),
@@ -264,7 +267,8 @@ def _fused(call: _Call) -> Result:
             cell, *options, input, batch_sizes, h0, c0, *weights
         )
         return output, h_n, c_n[0] if has_c else None
-    output, h_n, c_n = ops.inference(*call)
+    plain = call.lengths is None and call.reset is None
+    output, h_n, c_n = ops.inference(*(call[:9] if plain else call))
     return output, h_n, c_n if has_c else None
 
 
@@ -305,6 +309,9 @@ def _reference(call: _Call, dropout: float = 0.0, training: bool = False) -> Res
             num_layers=call.num_layers,
             bidirectional=call.bidirectional,
             batch_first=call.batch_first,
+            lengths=call.lengths,
+            reset=call.reset,
+            reset_to_initial=call.reset_to_initial,
             dropout=dropout,
             training=training,
         )
@@ -339,6 +346,6 @@ def _states(call: _Call) -> list[Tensor]:
     else:
         B = call.input.shape[0 if call.batch_first else 1]
     scans = reference.split_weights(
-        call.weights, call.num_layers * (2 if call.bidirectional else 1)
+        call.cell, call.weights, call.num_layers * (2 if call.bidirectional else 1)
     )
     return reference.initial_states(call.cell, call.input, B, call.h0, call.c0, scans)

@@ -56,6 +56,15 @@ def empty_cache() -> None:
         _C.empty_cache()
 
 
+# The last arguments of the ops, left out of the call where none is wanted.
+CONTROLS = ("lengths", "reset", "reset_to_initial")
+Controls = tuple[()] | tuple[Tensor | None, Tensor | None, bool]
+
+
+def given_controls(lengths: Tensor | None, reset: Tensor | None, to_initial: bool) -> Controls:
+    return () if lengths is None and reset is None else (lengths, reset, to_initial)
+
+
 class RNNFunction(torch.autograd.Function):
     """The ops under autograd: (output, h_n) or, for cells with two states, (output, h_n, c_n)."""
 
@@ -66,6 +75,9 @@ class RNNFunction(torch.autograd.Function):
         num_layers: int,
         bidirectional: bool,
         batch_first: bool,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_to_initial: bool,
         input: Tensor,
         batch_sizes: Tensor | None,
         h0: Tensor | None,
@@ -73,18 +85,20 @@ class RNNFunction(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         options = num_layers, bidirectional, batch_first
-        *outputs, saved = _forward(cell, input, batch_sizes, h0, c0, weights, *options)
+        controls = given_controls(lengths, reset, reset_to_initial)
+        *outputs, saved = _forward(cell, input, batch_sizes, h0, c0, weights, *options, *controls)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, batch_sizes, h0, c0, saved, *weights)
-        ctx.cell, ctx.options = cell, options
+        ctx.save_for_backward(input, batch_sizes, h0, c0, lengths, reset, saved, *weights)
+        ctx.cell, ctx.options, ctx.reset_to_initial = cell, options, reset_to_initial
         return tuple(outputs[: 1 + reference.CELLS[cell].states])
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[7:]
         if all(d is None for d in d_outputs):
-            return (None,) * (4 + len(needs))
-        input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
+            return (None,) * (7 + len(needs))
+        input, batch_sizes, h0, c0, lengths, reset, saved, *weights = ctx.saved_tensors
+        controls = given_controls(lengths, reset, ctx.reset_to_initial)
         # Inside backward, gradients are enabled under create_graph only, and the key is there under
         # autograd.grad(is_grads_batched=True) only. The op has neither a derivative nor a batching
         # rule, the reference has both.
@@ -92,8 +106,8 @@ class RNNFunction(torch.autograd.Function):
             torch.is_grad_enabled() or transforms_active() or _is_key_included("VmapMode")
         ):
             tensors = [input, batch_sizes, h0, c0, *weights]
-            return (None,) * 4 + _differentiable_backward(
-                ctx.cell, ctx.options, tensors, needs, d_outputs
+            return (None,) * 7 + _differentiable_backward(
+                ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
         d_output, d_h_n, d_c_n = d_outputs if len(d_outputs) == 3 else (*d_outputs, None)
         need_input, _, need_h0, need_c0, *need_weights = needs
@@ -103,9 +117,10 @@ class RNNFunction(torch.autograd.Function):
             *(input, batch_sizes, h0, c0, weights, saved),
             *ctx.options,
             *(need_input, need_h0 or need_c0, any(need_weights)),
+            *controls,
         )
         gradients = (d_input, None, d_h0, d_c0, *d_weights)
-        return (None,) * 4 + tuple(
+        return (None,) * 7 + tuple(
             d if need else None for d, need in zip(gradients, needs, strict=True)
         )
 
@@ -113,6 +128,7 @@ class RNNFunction(torch.autograd.Function):
 def _differentiable_backward(
     cell: str,
     options: tuple[int, bool, bool],
+    controls: Controls,
     tensors: list[Any],  # input, batch_sizes, h0, c0, *weights
     needs: tuple[bool, ...],
     d_outputs: tuple[Tensor | None, ...],
@@ -131,6 +147,7 @@ def _differentiable_backward(
             num_layers=num_layers,
             bidirectional=bidirectional,
             batch_first=batch_first,
+            **dict(zip(CONTROLS, controls, strict=False)),
         )
         # Not every output depends on every argument: c_n does not on the projection above it.
         given = [
@@ -163,6 +180,9 @@ def _fake_inference(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # One meta tensor among real ones brings the call here, where nothing would be computed.
     for tensor in (h0, c0, *weights):
@@ -172,12 +192,13 @@ def _fake_inference(
                 f"{input.device}, found one on {tensor.device}"
             )
     directions = 2 if bidirectional else 1
-    R = weights[1].shape[1]
+    first = reference.split_weights(cell, weights, num_layers * directions)[0]
+    R, has_c = first.features, reference.CELLS[cell].states > 1
     B: int | torch.SymInt
     if batch_sizes is None and input.dim() == 2:  # a step
         output = input.new_empty(input.shape[0], R)
         h_n, c_n = input.new_empty(0), input.new_empty(0)
-        if _C.cells()[cell]["states"] > 1:
+        if has_c:
             c_n = torch.empty_like(output)
         return output, h_n, c_n
     if batch_sizes is None:
@@ -188,9 +209,9 @@ def _fake_inference(
         B = torch.library.get_ctx().new_dynamic_size()
     output = input.new_empty(*input.shape[:-1], directions * R)
     h_n = input.new_empty(num_layers * directions, B, R)
-    if _C.cells()[cell]["states"] == 1:
+    if not has_c:
         return output, h_n, input.new_empty(0)
-    return output, h_n, input.new_empty(num_layers * directions, B, _hidden_size(cell, weights))
+    return output, h_n, input.new_empty(num_layers * directions, B, first.units)
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -199,9 +220,9 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     step = batch_sizes is None and input.dim() == 2
     scans = 1 if step else h_n.shape[0]
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
-    projected = len(weights) // scans % 2
-    slots = _C.cells()[cell]["states"] + _C.cells()[cell]["saved"] + projected
-    units = (_hidden_size(cell, weights) + 15) // 16 * 16
+    first = reference.split_weights(cell, weights, scans)[0]
+    slots = _C.cells()[cell]["states"] + _C.cells()[cell]["saved"] + (first.hr is not None)
+    units = (first.units + 15) // 16 * 16
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return output, h_n, c_n, input.new_empty(scans, rows, slots * units, dtype=dtype)
 
@@ -223,23 +244,23 @@ def _fake_backward(
     need_input: bool,
     need_state: bool,
     need_weights: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(shape: Sequence[int], needed: bool) -> Tensor:
         return input.new_empty(shape if needed else 0)
 
     state = c0 if h0 is None else h0  # one of them is there if their gradients are needed
     leading = (0,) if state is None else state.shape[:-1]
-    has_c = _C.cells()[cell]["states"] > 1
+    first = reference.split_weights(cell, weights, num_layers * (2 if bidirectional else 1))[0]
+    has_c = reference.CELLS[cell].states > 1
     return (
         gradient(input.shape, need_input),
-        gradient((*leading, weights[1].shape[1]), need_state),
-        gradient((*leading, _hidden_size(cell, weights)), need_state and has_c),
+        gradient((*leading, first.features), need_state),
+        gradient((*leading, first.units), need_state and has_c),
         [gradient(weight.shape, need_weights) for weight in weights],
     )
-
-
-def _hidden_size(cell: str, weights: list[Tensor]) -> int:
-    return weights[1].shape[0] // _C.cells()[cell]["gates"]
 
 
 if available:

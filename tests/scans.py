@@ -30,6 +30,9 @@ class Arguments(NamedTuple):
     num_layers: int
     bidirectional: bool
     batch_first: bool
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    reset_to_initial: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """The same question with `function` applied to every floating-point tensor."""
@@ -60,11 +63,14 @@ def make_arguments(
     bias: bool = True,
     batch_first: bool = False,
     batch_sizes: Iterable[int] | None = None,
+    lengths: Iterable[int] | None = None,
+    reset: float = 0.0,
+    reset_to_initial: bool = False,
     state: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Arguments:
-    """A random question to a scan; weights as torch.nn draws them."""
+    """A random question to a scan; weights as torch.nn draws them. `reset`: a probability."""
     generator = torch.Generator().manual_seed(seed)
     numbers = fused_rnn._C.cells()[cell]
     directions = 2 if bidirectional else 1
@@ -81,9 +87,11 @@ def make_arguments(
     for layer in range(layers):
         for _ in range(directions):
             weights += [weight(numbers["gates"] * H, R * directions if layer else I)]
-            weights += [weight(numbers["gates"] * H, R)]
+            weights += [weight(numbers["gates"] * H, R) if numbers["recurrent"] else weight(H)]
             weights += [weight(numbers["gates"] * H) for _ in range(2 if bias else 0)]
             weights += [weight(proj, H)] if proj else []
+            if numbers["diagonals"] and numbers["recurrent"]:
+                weights += [weight(numbers["diagonals"] * H)]
 
     sizes = None if batch_sizes is None else torch.tensor(list(batch_sizes))
     if sizes is not None:
@@ -91,6 +99,7 @@ def make_arguments(
         input = normal(int(sizes.sum()), I)
     else:
         input = normal(B, T, I) if batch_first else normal(T, B, I)
+    resets = torch.rand(input.shape[:-1], generator=generator) < reset if reset else None
     has_c = numbers["states"] > 1
     return Arguments(
         cell,
@@ -102,6 +111,9 @@ def make_arguments(
         layers,
         bidirectional,
         batch_first,
+        None if lengths is None else torch.tensor(list(lengths)),
+        resets,
+        reset_to_initial,
     )
 
 
@@ -119,6 +131,9 @@ def by_reference(args: Arguments) -> tuple[Tensor, ...]:
         num_layers=args.num_layers,
         bidirectional=args.bidirectional,
         batch_first=args.batch_first,
+        lengths=args.lengths,
+        reset=args.reset,
+        reset_to_initial=args.reset_to_initial,
         dropout=0.0,
         training=False,
     )
@@ -126,9 +141,9 @@ def by_reference(args: Arguments) -> tuple[Tensor, ...]:
 
 
 def by_torch(args: Arguments) -> tuple[Tensor, ...]:
-    """The same by torch's own functions; by the reference for cells that torch does not have."""
+    """The same by torch's own functions; by the reference for what torch does not have."""
     function = getattr(torch._VF, args.cell, None)
-    if function is None:
+    if function is None or args.lengths is not None or args.reset is not None:
         return by_reference(args)
     directions = 2 if args.bidirectional else 1
     per_direction = len(args.weights) // (args.num_layers * directions)
@@ -189,7 +204,13 @@ def differentiate_ops(args: Arguments) -> Tensors:
     seeds = seeds_like(outputs)
     d_c_n = seeds[2] if len(seeds) == 3 else None
     d_input, d_h0, d_c0, d_weights = torch.ops.fused_rnn.backward(
-        args.cell, seeds[0], seeds[1], d_c_n, *args[1:6], saved, *args[6:], True, True, True
+        args.cell,
+        *(seeds[0], seeds[1], d_c_n),
+        *args[1:6],
+        saved,
+        *args[6:9],
+        *(True, True, True),
+        *args[9:],
     )
     gradients = args._replace(input=d_input, h0=d_h0, c0=d_c0, weights=d_weights)
     if args.c0 is None:
@@ -212,9 +233,9 @@ def judge_scan(
 
     def draw() -> tuple[Tensors, Tensors, Tensors]:
         args = change(make_arguments(cell, *sizes, dtype=dtype, seed=next(seed), **options))
-        if cell == "rnn_relu" and dtype.itemsize == 2:
+        if cell.endswith("relu") and dtype.itemsize == 2:
             # Where a rounding decides the side of the kink, no gradient is right or wrong.
-            H = args.weights[1].shape[1]
+            H = args.weights[1].shape[-1]
             args = args.map(Tensor.abs)
             args = args._replace(weights=[one_sided(weight, H) for weight in args.weights])
         fused, plain = differentiate_ops(args), differentiate(by_torch, args, dtype)
@@ -230,7 +251,7 @@ def backward(
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> list[Tensor]:
     """The op's gradients, flat: d_input, d_h0, d_c0, *d_weights."""
-    *most, d_weights = ops.backward(args[0], *seeds, *args[1:6], saved, *args[6:], *needs)
+    *most, d_weights = ops.backward(args[0], *seeds, *args[1:6], saved, *args[6:9], *needs, *args[9:])
     return [*most, *d_weights]
 
 

@@ -132,31 +132,41 @@ def test_function_saturates_and_keeps_nan(name: str, dtype: type[np.floating]) -
 def test_every_cell_has_an_oracle() -> None:
     """A new cell needs an entry in fused_rnn.reference."""
     assert CELLS.keys() == reference.CELLS.keys()
-    assert all(CELLS[cell]["states"] == reference.CELLS[cell].states for cell in CELLS)
+    for cell, facts in CELLS.items():
+        oracle = reference.CELLS[cell]
+        assert all(facts[name] == getattr(oracle, name) for name in facts if name != "saved")
 
 
 def arguments(cell: str, count: int, dtype: torch.dtype) -> Tensors:
     gates, states = CELLS[cell]["gates"], CELLS[cell]["states"]
-    rows = {"x": gates, "h": gates, "prev": states, "d_state": states}
+    diagonals = CELLS[cell]["diagonals"]
+    rows = {"x": gates, "h": gates, "w": diagonals, "prev": states, "d_state": states}
     return {name: torch.randn(n, count, dtype=dtype) for name, n in rows.items()}
 
 
 def by_library(cell: str, args: Tensors) -> Tensors:
-    x, h, prev, d_state = (args[name].numpy() for name in ("x", "h", "prev", "d_state"))
-    state, saved = _C.cell_forward(cell, x, h, prev)
-    dx, dh, d_prev = _C.cell_backward(cell, saved, prev, state, d_state)
-    results = {"state": state, "dx": dx, "dh": dh, "d_prev": d_prev}
+    x, h, w, prev, d_state = (args[name].numpy() for name in ("x", "h", "w", "prev", "d_state"))
+    state, saved = _C.cell_forward(cell, x, h, w, prev)
+    dx, dh, d_prev, dw = _C.cell_backward(cell, saved, w, prev, state, d_state)
+    results = {"state": state, "dx": dx, "dh": dh, "d_prev": d_prev, "dw": dw}
     return {name: torch.from_numpy(value) for name, value in results.items()}
 
 
 def by_reference(cell: str, args: Tensors) -> Tensors:
-    x, h, prev = (args[name].clone().requires_grad_() for name in ("x", "h", "prev"))
-    after = reference.CELLS[cell].step(x.flatten(), h.flatten(), tuple(prev))
-    state = torch.stack(after)
-    dx, dh, d_prev = torch.autograd.grad(
-        state, (x, h, prev), args["d_state"], materialize_grads=True
-    )
-    return {"state": state.detach(), "dx": dx, "dh": dh, "d_prev": d_prev}
+    names = ("x", "h", "w", "prev")
+    x, h, w, prev = leaves = [args[name].clone().requires_grad_() for name in names]
+    oracle = reference.CELLS[cell]
+    flat = h.flatten()
+    if oracle.operand is not None:  # W_hh of its product is the identity
+        operand = oracle.operand(x.flatten(), flat, tuple(prev))
+        first = oracle.first_gates * prev.shape[1]
+        flat = torch.cat([flat[:first], flat[first:] + operand])
+    state = torch.stack(oracle.step(x.flatten(), flat, w.flatten(), tuple(prev)))
+    gradients = torch.autograd.grad(state, leaves, args["d_state"], materialize_grads=True)
+    return {"state": state.detach()} | {
+        f"d_{name}" if name == "prev" else f"d{name}": gradient
+        for name, gradient in zip(names, gradients, strict=True)
+    }
 
 
 @each_count

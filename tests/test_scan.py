@@ -30,6 +30,7 @@ import fused_rnn
 ops = torch.ops.fused_rnn
 CELLS = sorted(fused_rnn._C.cells())
 RAGGED = (5, 5, 3, 1, 1)
+PADDED = (3, 5, 2, 0, 5)
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
@@ -69,7 +70,7 @@ def test_accuracy_of_every_size(cell: str, sizes: tuple[int, ...], dtype: torch.
 
 
 def structures() -> list[dict[str, Any]]:
-    layouts = ({}, {"batch_first": True}, {"batch_sizes": RAGGED})
+    layouts = ({}, {"batch_first": True}, {"batch_sizes": RAGGED}, {"lengths": PADDED})
     return [
         {"layers": layers, "bidirectional": bidirectional, "bias": bias, **layout}
         for layers, bidirectional, bias, layout in itertools.product(
@@ -91,8 +92,31 @@ def test_accuracy_of_every_structure(
     judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
 
 
+def resets() -> list[dict[str, Any]]:
+    layouts = (
+        {},
+        {"batch_first": True, "layers": 2},
+        {"batch_sizes": RAGGED, "bidirectional": True},
+        {"lengths": PADDED, "bidirectional": True, "state": False},
+        {"lengths": PADDED, "batch_first": True, "layers": 2, "bidirectional": True},
+    )
+    return [
+        {"reset": probability, "reset_to_initial": to_initial, **layout}
+        for probability, to_initial, layout in itertools.product(
+            (0.3, 1.0), (False, True), layouts
+        )
+    ]
+
+
 @each_dtype
-@pytest.mark.parametrize("options", structures(), ids=describe)
+@each_cell
+@pytest.mark.parametrize("options", resets(), ids=describe)
+def test_accuracy_with_resets(cell: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("options", structures() + resets(), ids=describe)
 def test_accuracy_with_projection(options: dict[str, Any], dtype: torch.dtype) -> None:
     judge_scan("lstm", 5, 5, 6, 19, proj=5, dtype=dtype, **options)
 
@@ -111,9 +135,15 @@ def questions(draw: st.DrawFn) -> tuple[str, tuple[int, ...], dict[str, Any]]:
     if cell == "lstm" and H > 1 and draw(st.booleans()):
         options["proj"] = draw(st.integers(1, H - 1))
     T, B, I = draw(st.integers(1, 8)), draw(st.integers(1, 20)), draw(st.integers(1, 40))
-    if draw(st.booleans()):
+    layout = draw(st.sampled_from(("dense", "packed", "padded")))
+    if layout == "packed":
         sizes = draw(st.lists(st.integers(1, B), min_size=T, max_size=T))
         options["batch_sizes"] = sorted(sizes, reverse=True)
+    elif layout == "padded":
+        options["lengths"] = draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+    if draw(st.booleans()):
+        options["reset"] = draw(st.sampled_from((0.1, 0.5)))
+        options["reset_to_initial"] = draw(st.booleans())
     return cell, (T, B, I, H), options
 
 
@@ -129,6 +159,8 @@ def test_reference_agrees_with_torch_in_float64(cell: str) -> None:
     if not hasattr(torch._VF, cell):
         pytest.skip("torch does not have this cell")
     for options in structures():
+        if "lengths" in options:
+            continue
         for proj in (0, 4) if cell == "lstm" else (0,):
             args = make_arguments(cell, 4, 5, 6, 9, proj=proj, dtype=torch.float64, **options)
             ours = differentiate(by_reference, args, torch.float64)
@@ -350,7 +382,7 @@ SHARED = [
 ]
 
 
-@each_cell
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if fused_rnn._C.cells()[cell]["recurrent"]])
 def test_the_sizes_above_share_the_work_in_every_way(cell: str) -> None:
     ways = set()
     for (T, B, I, H), options in SHARED:
@@ -631,5 +663,5 @@ def test_opcheck(cell: str, options: dict[str, Any]) -> None:
     seeds = seeds_for(tuple(outputs))
     for needs in ((True, True, True), (True, False, False)):
         torch.library.opcheck(
-            ops.backward.default, (cell, *seeds, *args[1:6], saved, *args[6:], *needs)
+            ops.backward.default, (cell, *seeds, *args[1:6], saved, *args[6:9], *needs, *args[9:])
         )

@@ -51,33 +51,35 @@ const A* rows(const Array<A>& array, const char* name, int count, py::ssize_t& n
 }
 
 template <class A>
-py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A> prev) {
+py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A> w, Array<A> prev) {
   const cpu::CellKernels& cell = cell_named(name);
-  const cpu::CellInfo& info = cell.info;
+  const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* px = rows(x, "x", info.gates, n);
   const A* ph = rows(h, "h", info.gates, n);
+  const A* pw = rows(w, "w", info.diagonals, n);
   const A* pprev = rows(prev, "prev", info.states, n);
   Array<A> state({py::ssize_t(info.states), n}), saved({py::ssize_t(info.saved), n});
-  functions(cell, A{}).forward(n, px, ph, pprev, state.mutable_data(), saved.mutable_data());
+  functions(cell, A{}).forward(n, px, ph, pw, pprev, state.mutable_data(), saved.mutable_data());
   return py::make_tuple(state, saved);
 }
 
 template <class A>
-py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> prev, Array<A> state,
-                        Array<A> d_state) {
+py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> w, Array<A> prev,
+                        Array<A> state, Array<A> d_state) {
   const cpu::CellKernels& cell = cell_named(name);
-  const cpu::CellInfo& info = cell.info;
+  const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* pprev = rows(prev, "prev", info.states, n);
   const A* psaved = rows(saved, "saved", info.saved, n);
+  const A* pw = rows(w, "w", info.diagonals, n);
   const A* pstate = rows(state, "state", info.states, n);
   const A* pd_state = rows(d_state, "d_state", info.states, n);
   Array<A> dx({py::ssize_t(info.gates), n}), dh({py::ssize_t(info.gates), n}),
-      d_prev({py::ssize_t(info.states), n});
-  functions(cell, A{}).backward(n, psaved, pprev, pstate, pd_state, dx.mutable_data(),
-                                dh.mutable_data(), d_prev.mutable_data());
-  return py::make_tuple(dx, dh, d_prev);
+      d_prev({py::ssize_t(info.states), n}), dw({py::ssize_t(info.diagonals), n});
+  functions(cell, A{}).backward(n, psaved, pw, pprev, pstate, pd_state, dx.mutable_data(),
+                                dh.mutable_data(), d_prev.mutable_data(), dw.mutable_data());
+  return py::make_tuple(dx, dh, d_prev, dw);
 }
 
 void apply(const cpu::MathFunctions& f, py::ssize_t n, const float* x, float* y) {
@@ -176,8 +178,8 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   machine.busy = busy;
   if (l2) machine.l2 = l2;
   if (l3) machine.l3 = l3;
-  const cpu::Plan plan = (backward ? cpu::plan_backward : cpu::plan_forward)(
-      stack, cell_named(name).info.gates, machine);
+  const cpu::Plan plan =
+      (backward ? cpu::plan_backward : cpu::plan_forward)(stack, cell_named(name).info, machine);
   py::dict against;
   for (int i = 0; i < cpu::kSplits; ++i)
     if (plan.against[i]) against[cpu::kSplitNames[i]] = plan.against[i];
@@ -221,8 +223,12 @@ PYBIND11_MODULE(_C, m) {
     std::map<std::string, std::map<std::string, int>> cells;
     const cpu::Isa& isa = cpu::chosen_isa();
     for (int i = 0; i < isa.cell_count; ++i) {
-      const cpu::CellInfo& info = isa.cells[i].info;
-      cells[info.name] = {{"gates", info.gates}, {"states", info.states}, {"saved", info.saved}};
+      const CellInfo& info = isa.cells[i].info;
+      cells[info.name] = {{"gates", info.gates},
+                          {"states", info.states},
+                          {"saved", info.saved},
+                          {"diagonals", info.diagonals},
+                          {"recurrent", info.recurrent}};
     }
     return cells;
   });
@@ -240,13 +246,15 @@ PYBIND11_MODULE(_C, m) {
                                               {"cxx_flags", FUSED_RNN_CXX_FLAGS}};
   });
   m.def("cell_forward", &cell_forward<float>, py::arg("cell"), py::arg("x").noconvert(),
-        py::arg("h").noconvert(), py::arg("prev").noconvert());
+        py::arg("h").noconvert(), py::arg("w").noconvert(), py::arg("prev").noconvert());
   m.def("cell_forward", &cell_forward<double>, py::arg("cell"), py::arg("x").noconvert(),
-        py::arg("h").noconvert(), py::arg("prev").noconvert());
+        py::arg("h").noconvert(), py::arg("w").noconvert(), py::arg("prev").noconvert());
   m.def("cell_backward", &cell_backward<float>, py::arg("cell"), py::arg("saved").noconvert(),
-        py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
+        py::arg("w").noconvert(), py::arg("prev").noconvert(), py::arg("state").noconvert(),
+        py::arg("d_state").noconvert());
   m.def("cell_backward", &cell_backward<double>, py::arg("cell"), py::arg("saved").noconvert(),
-        py::arg("prev").noconvert(), py::arg("state").noconvert(), py::arg("d_state").noconvert());
+        py::arg("w").noconvert(), py::arg("prev").noconvert(), py::arg("state").noconvert(),
+        py::arg("d_state").noconvert());
   m.def("math", &math<float>, py::arg("name"), py::arg("x").noconvert());
   m.def("math", &math<double>, py::arg("name"), py::arg("x").noconvert());
   m.def("tile_rate", &tile_rate, py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -7,17 +7,19 @@
 //   kSaved                values kept for backward besides the states
 //   kSumsGates            x and h enter only as x[g] + h[g], so their gradients are the same
 //
-//   forward(x, h, prev, state, saved)
+//   forward(x, h, w, prev, state, saved)
 //     x[G]        pre-activations from the input, bias_ih included
 //     h[G]        pre-activations from the previous h, bias_hh included
+//     w[P]        recurrent weights of the unit to itself
 //     prev[S]     the states before, state[S] the states after (written)
 //     saved       written
-//   backward(saved, prev, state, d_state, dx, dh, d_prev)
+//   backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw)
 //     d_state[S]  gradients of the states after
 //     dx[G], dh[G]  gradients of x and h (written); with kSumsGates dh is dx and is left alone
 //     d_prev[S]   gradients of the states before (written), without the part that flows through h
+//     dw[P]       gradients of w at this step (written)
 //
-// Both are templates over the arithmetic type V (see core/math.h). An argument is read before the
+// All are templates over the arithmetic type V (see core/math.h). An argument is read before the
 // result in its place is written: `state` may be `prev`, and `d_prev` may be `d_state`.
 //
 // The derivative of tanh is written (1 - y)(1 + y): 1 - y^2 loses its digits near saturation unless
@@ -28,17 +30,45 @@
 
 namespace fused_rnn {
 
+// What most cells have in common; a cell says otherwise by a constant of the same name.
+struct CellDefaults {
+  static constexpr int kDiagonals = 0;      // P, recurrent weights of a unit to itself (peepholes)
+  static constexpr bool kRecurrent = true;  // whether there is a matrix weight_hh at all
+  // A cell may multiply weight_hh by h for its first gates only, and for the others by an operand
+  // that depends on these. Then it has three more functions,
+  //
+  //   operand(x, h, prev, first)    the operand; first[kFirstGates] (written) is what forward
+  //                                 finds in the place of x[g], and h[g] is not read there
+  //   saved_operand(saved, prev)    the same for backward
+  //   operand_backward(saved, prev, d_operand, dx, dh, d_prev)
+  //                                 called after backward: the gradients that wait for that of the
+  //                                 operand are written to dx and dh, or added to d_prev
+  static constexpr int kFirstGates = 0;
+};
+
+template <class C>
+constexpr bool kTwoProducts = C::kFirstGates > 0;
+
 template <class C, class V>
 concept CellOver = requires(const V* in, V* out) {
-  C::forward(in, in, in, out, out);
-  C::backward(in, in, in, in, out, out, out);
+  C::forward(in, in, in, in, out, out);
+  C::backward(in, in, in, in, in, out, out, out, out);
+};
+
+template <class C, class V>
+concept OperandOver = requires(const V* in, V* out, V v) {
+  v = C::operand(in, in, in, out);
+  v = C::saved_operand(in, in);
+  C::operand_backward(in, in, v, out, out, out);
 };
 
 template <class C>
 concept Cell = __is_empty(C) && CellOver<C, float> && CellOver<C, double> && requires {
   static_cast<const char*>(C::kName);
   static_cast<bool>(C::kSumsGates);
-  requires C::kGates > 0 && C::kStates > 0 && C::kSaved >= 0;
+  static_cast<bool>(C::kRecurrent);
+  requires C::kGates > 0 && C::kStates > 0 && C::kSaved >= 0 && C::kDiagonals >= 0;
+  requires C::kFirstGates == 0 || (C::kFirstGates < C::kGates&& OperandOver<C, float>);
 };
 
 }  // namespace fused_rnn

@@ -10,7 +10,7 @@ namespace fused_rnn {
 //   r = sigmoid(x_r + h_r)    z = sigmoid(x_z + h_z)
 //   n = tanh(x_n + r h_n)
 //   h' = (1 - z) n + z h
-struct GRU {
+struct GRU : CellDefaults {
   static constexpr const char* kName = "gru";
   enum Gate { R, Z, N };
   enum Saved { kHn = 3 };  // h_n, after the activated gates
@@ -20,7 +20,8 @@ struct GRU {
   static constexpr bool kSumsGates = false;  // h_n enters as r h_n
 
   template <class V>
-  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* prev, V* state, V* saved) {
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* prev, V* state,
+                                   V* saved) {
     const V hn = h[N];
     const V r = math::sigmoid(x[R] + h[R]);
     const V z = math::sigmoid(x[Z] + h[Z]);
@@ -33,8 +34,9 @@ struct GRU {
   }
 
   template <class V>
-  FUSED_RNN_HD static void backward(const V* saved, const V* prev, const V* /*state*/,
-                                    const V* d_state, V* dx, V* dh, V* d_prev) {
+  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* prev,
+                                    const V* /*state*/, const V* d_state, V* dx, V* dh, V* d_prev,
+                                    V* /*dw*/) {
     const V r = saved[R], z = saved[Z], n = saved[N], hn = saved[kHn];
     const V d = d_state[0];
     const V dn = d * (1 - z) * (1 - n) * (1 + n);
@@ -48,6 +50,65 @@ struct GRU {
   }
 };
 
-static_assert(Cell<GRU>);
+// Gated recurrent unit as Cho et al. (2014) wrote it: the reset gate acts on h, before the product.
+//
+//   r = sigmoid(x_r + h_r)    z = sigmoid(x_z + h_z)
+//   n = tanh(x_n + W_hn (r h) + b_hn)
+//   h' = (1 - z) n + z h
+struct GRUResetBefore : CellDefaults {
+  static constexpr const char* kName = "gru_reset_before";
+  enum Gate { R, Z, N };
+  static constexpr int kGates = 3;
+  static constexpr int kFirstGates = 2;  // r and z; n is a product with r h
+  static constexpr int kStates = 1;
+  static constexpr int kSaved = 3;
+  static constexpr bool kSumsGates = true;
+
+  template <class V>
+  FUSED_RNN_HD static V operand(const V* x, const V* h, const V* prev, V* first) {
+    const V r = math::sigmoid(x[R] + h[R]);
+    const V z = math::sigmoid(x[Z] + h[Z]);
+    first[R] = r;
+    first[Z] = z;
+    return r * prev[0];
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* prev, V* state,
+                                   V* saved) {
+    const V z = x[Z];
+    const V n = math::tanh(x[N] + h[N]);
+    saved[R] = x[R];
+    saved[Z] = z;
+    saved[N] = n;
+    state[0] = n + z * (prev[0] - n);
+  }
+
+  template <class V>
+  FUSED_RNN_HD static V saved_operand(const V* saved, const V* prev) {
+    return saved[R] * prev[0];
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* prev,
+                                    const V* /*state*/, const V* d_state, V* dx, V* /*dh*/,
+                                    V* d_prev, V* /*dw*/) {
+    const V z = saved[Z], n = saved[N];
+    const V d = d_state[0];
+    dx[N] = d * (1 - z) * (1 - n) * (1 + n);
+    dx[Z] = d * (prev[0] - n) * z * (1 - z);
+    d_prev[0] = d * z;
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void operand_backward(const V* saved, const V* prev, V d_operand, V* dx,
+                                            V* /*dh*/, V* d_prev) {
+    const V r = saved[R];
+    dx[R] = d_operand * prev[0] * r * (1 - r);
+    d_prev[0] += d_operand * r;
+  }
+};
+
+static_assert(Cell<GRU> && Cell<GRUResetBefore>);
 
 }  // namespace fused_rnn

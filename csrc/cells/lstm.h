@@ -10,7 +10,7 @@ namespace fused_rnn {
 //   i = sigmoid(a_i)    f = sigmoid(a_f)    g = tanh(a_g)    o = sigmoid(a_o)
 //   c' = f c + i g
 //   h' = o tanh(c')
-struct LSTM {
+struct LSTM : CellDefaults {
   static constexpr const char* kName = "lstm";
   enum Gate { I, F, G, O };
   enum State { H, C };
@@ -20,7 +20,8 @@ struct LSTM {
   static constexpr bool kSumsGates = true;
 
   template <class V>
-  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* prev, V* state, V* saved) {
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* prev, V* state,
+                                   V* saved) {
     const V i = math::sigmoid(x[I] + h[I]);
     const V f = math::sigmoid(x[F] + h[F]);
     const V g = math::tanh(x[G] + h[G]);
@@ -35,8 +36,8 @@ struct LSTM {
   }
 
   template <class V>
-  FUSED_RNN_HD static void backward(const V* saved, const V* prev, const V* state, const V* d_state,
-                                    V* dx, V* /*dh*/, V* d_prev) {
+  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* prev, const V* state,
+                                    const V* d_state, V* dx, V* /*dh*/, V* d_prev, V* /*dw*/) {
     const V i = saved[I], f = saved[F], g = saved[G], o = saved[O];
     const V c_before = prev[C];
     const V tanh_c = math::tanh(state[C]);
@@ -51,6 +52,107 @@ struct LSTM {
   }
 };
 
-static_assert(Cell<LSTM>);
+// LSTM with peepholes (Gers and Schmidhuber, 2000): the gates see the cell state, i and f the one
+// before, o the new one, each through a weight of the unit's own.
+//
+//   i = sigmoid(a_i + w_i c)    f = sigmoid(a_f + w_f c)    g = tanh(a_g)
+//   c' = f c + i g
+//   o = sigmoid(a_o + w_o c')
+//   h' = o tanh(c')
+struct PeepholeLSTM : CellDefaults {
+  static constexpr const char* kName = "peephole_lstm";
+  enum Gate { I, F, G, O };
+  enum State { H, C };
+  enum Diagonal { WI, WF, WO };
+  static constexpr int kGates = 4;
+  static constexpr int kStates = 2;
+  static constexpr int kSaved = 4;
+  static constexpr int kDiagonals = 3;
+  static constexpr bool kSumsGates = true;
+
+  template <class V>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* w, const V* prev, V* state,
+                                   V* saved) {
+    const V i = math::sigmoid(x[I] + h[I] + w[WI] * prev[C]);
+    const V f = math::sigmoid(x[F] + h[F] + w[WF] * prev[C]);
+    const V g = math::tanh(x[G] + h[G]);
+    const V c = f * prev[C] + i * g;
+    const V o = math::sigmoid(x[O] + h[O] + w[WO] * c);
+    state[H] = o * math::tanh(c);
+    state[C] = c;
+    saved[I] = i;
+    saved[F] = f;
+    saved[G] = g;
+    saved[O] = o;
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void backward(const V* saved, const V* w, const V* prev, const V* state,
+                                    const V* d_state, V* dx, V* /*dh*/, V* d_prev, V* dw) {
+    const V i = saved[I], f = saved[F], g = saved[G], o = saved[O];
+    const V c_before = prev[C], c = state[C];
+    const V tanh_c = math::tanh(c);
+    const V dh = d_state[H];
+    const V d_o = dh * tanh_c * o * (1 - o);
+    const V dc = d_state[C] + dh * o * (1 - tanh_c) * (1 + tanh_c) + d_o * w[WO];
+    const V di = dc * g * i * (1 - i);
+    const V df = dc * c_before * f * (1 - f);
+    dx[I] = di;
+    dx[F] = df;
+    dx[G] = dc * i * (1 - g) * (1 + g);
+    dx[O] = d_o;
+    d_prev[H] = V{};
+    d_prev[C] = dc * f + di * w[WI] + df * w[WF];
+    dw[WI] = di * c_before;
+    dw[WF] = df * c_before;
+    dw[WO] = d_o * c;
+  }
+};
+
+// LSTM whose input and forget gates are coupled, i = 1 - f (CIFG in Greff et al., 2017): what is
+// forgotten makes room for what is new. With a = x + h:
+//
+//   f = sigmoid(a_f)    g = tanh(a_g)    o = sigmoid(a_o)
+//   c' = f c + (1 - f) g
+//   h' = o tanh(c')
+struct CoupledLSTM : CellDefaults {
+  static constexpr const char* kName = "coupled_lstm";
+  enum Gate { F, G, O };
+  enum State { H, C };
+  static constexpr int kGates = 3;
+  static constexpr int kStates = 2;
+  static constexpr int kSaved = 3;
+  static constexpr bool kSumsGates = true;
+
+  template <class V>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* prev, V* state,
+                                   V* saved) {
+    const V f = math::sigmoid(x[F] + h[F]);
+    const V g = math::tanh(x[G] + h[G]);
+    const V o = math::sigmoid(x[O] + h[O]);
+    const V c = g + f * (prev[C] - g);
+    state[H] = o * math::tanh(c);
+    state[C] = c;
+    saved[F] = f;
+    saved[G] = g;
+    saved[O] = o;
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* prev, const V* state,
+                                    const V* d_state, V* dx, V* /*dh*/, V* d_prev, V* /*dw*/) {
+    const V f = saved[F], g = saved[G], o = saved[O];
+    const V tanh_c = math::tanh(state[C]);
+    const V dh = d_state[H];
+    const V dc = d_state[C] + dh * o * (1 - tanh_c) * (1 + tanh_c);
+    dx[F] = dc * (prev[C] - g) * f * (1 - f);
+    dx[G] = dc * (1 - f) * (1 - g) * (1 + g);
+    dx[O] = dh * tanh_c * o * (1 - o);
+    d_prev[H] = V{};
+    d_prev[C] = dc * f;
+  }
+};
+
+static_assert(Cell<LSTM> && Cell<PeepholeLSTM> && Cell<CoupledLSTM>);
 
 }  // namespace fused_rnn

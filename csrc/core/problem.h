@@ -16,6 +16,20 @@ inline constexpr int64_t pad_units(int64_t units) {
   return (units + kUnitPad - 1) / kUnitPad * kUnitPad;
 }
 
+// A cell as numbers: the constants of its struct in csrc/cells/.
+struct CellInfo {
+  const char* name;
+  int gates;
+  int states;
+  int saved;
+  int diagonals;
+  int first_gates;
+  bool recurrent;
+  bool sums_gates;
+
+  bool two_products() const { return first_gates > 0; }
+};
+
 // The rows (t, b) of a batch of sequences, numbered in time-major order. Ragged batches are sorted
 // by length, longest first, as in PackedSequence: step t has the rows b < rows(t).
 struct Steps {
@@ -25,17 +39,27 @@ struct Steps {
   const int64_t* batch_sizes = nullptr;  // [T], null for a dense batch
   const int64_t* offsets = nullptr;      // [T]: rows before step t, null for a dense batch
   const int64_t* lengths = nullptr;      // [B]: steps of sequence b, null for a dense batch
+  // [B]: where sequence b stands in the tensors that are not packed, null where it is row b.
+  const int64_t* order = nullptr;
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
   int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
+  int64_t place(int64_t b) const { return order ? order[b] : b; }
 };
 
-// A [T, B, features] tensor of any strides (in elements) with contiguous features, or packed rows.
+// A [T, B, features] tensor of any strides (in elements) with contiguous features, or the rows of
+// all steps one after another.
 struct Sequence {
   void* data = nullptr;
   int64_t stride_t = 0;  // unused when packed
   int64_t stride_b = 0;
+  bool packed = false;
+
+  // Elements before step t of sequence b.
+  int64_t at(const Steps& steps, int64_t t, int64_t b) const {
+    return packed ? (steps.offset(t) + b) * stride_b : t * stride_t + steps.place(b) * stride_b;
+  }
 };
 
 // Parameters of one layer and direction, row-major as in torch.nn. Null where absent.
@@ -45,6 +69,7 @@ struct Weights {
   const void* bias_ih = nullptr;  // [G*H]
   const void* bias_hh = nullptr;  // [G*H]
   const void* hr = nullptr;       // [R, H], the projection
+  const void* diag = nullptr;     // [P*H], recurrent weights of units to themselves
 };
 
 struct WeightGrads {
@@ -53,6 +78,7 @@ struct WeightGrads {
   void* bias_ih = nullptr;
   void* bias_hh = nullptr;
   void* hr = nullptr;
+  void* diag = nullptr;
 };
 
 // What forward and backward have in common.
@@ -67,6 +93,9 @@ struct Stack {
   const void* h0 = nullptr;          // [L*D, B, R] contiguous, null for zeros
   const void* c0 = nullptr;          // [L*D, B, H]
   const Weights* weights = nullptr;  // [L*D]
+  // uint8 [T, B]: a new sequence begins at this step. Data null for none.
+  Sequence reset;
+  bool reset_to_initial = false;  // it begins with h0 and c0 instead of zeros
   bool projected() const { return weights[0].hr != nullptr; }
   int64_t input_size(int64_t layer) const { return layer == 0 ? I : dirs * R; }
 };

@@ -7,11 +7,10 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-template <class Cell, class S>
+template <class S>
 class BackwardScan : Scan<BackwardProblem> {
   using A = Accumulate<S>;
   static constexpr int L = kLanes<A>;
-  static constexpr int G = Cell::kGates;
   static constexpr bool kLowPrecision = sizeof(S) != sizeof(A);
   static constexpr int64_t kPanel = kMaxVectors * L;
   // Rows of one outer product: so many lines of both its operands stay in L1.
@@ -20,10 +19,13 @@ class BackwardScan : Scan<BackwardProblem> {
   static constexpr int64_t kSkew = 64 / sizeof(A);
 
  public:
-  BackwardScan(const BackwardProblem& problem, const Plan& plan)
-      : Scan(problem, plan, saved_slots<Cell>(problem)),
+  BackwardScan(const CellRows<S>& cell, const BackwardProblem& problem, const Plan& plan)
+      : Scan(cell.info, problem, plan),
+        cell_(cell),
+        G_(cell.info.gates),
+        first_gates_(info_.two_products() ? info_.first_gates : G_),
         block_rows_(largest_part(problem.steps, plan.blocks)),
-        ldg_(G * Hp_ + kSkew) {}
+        ldg_((G_ + info_.diagonals) * Hp_ + kSkew) {}
 
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
@@ -38,24 +40,33 @@ class BackwardScan : Scan<BackwardProblem> {
       Direction& dir = directions_ ? directions_[slot] : measured;
       const int64_t d = by_layers() ? 0 : slot;
       dir.packed_ih = arena.take<A>(
-          pack_ih && (p_.layers > 1 || p_.d_input.data) ? G * Hp_ * pad_units(widest_) : 0);
-      dir.packed_hh = arena.take<A>(pack_hh ? G * Hp_ * Rp_ : 0);
+          pack_ih && (p_.layers > 1 || p_.d_input.data) ? G_ * Hp_ * pad_units(widest_) : 0);
+      dir.packed_hh = arena.take<A>(pack_hh && info_.recurrent ? first_gates_ * Hp_ * Rp_ : 0);
+      dir.packed_second = arena.take<A>(pack_hh ? second_gates() * Hp_ * Rp_ : 0);
       dir.packed_hr = arena.take<A>(pack_hh && p_.projected() ? Rp_ * Hp_ : 0);
+      dir.diag = arena.take<A>(info_.diagonals * Hp_);
+      dir.zeros = arena.take<A>(p_.reset.data ? Hp_ : 0);
       dir.h0 = arena.take<A>(steps_.B * Rp_);
-      dir.c0 = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
+      dir.c0 = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
       dir.dh = arena.take<A>(steps_.B * Rp_);
-      dir.dc = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
+      dir.dc = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
+      // The part of it that comes from later sequences of the same row.
+      const bool adds_up = p_.reset.data && p_.reset_to_initial && p_.d_h0;
+      dir.d_h0 = arena.take<A>(adds_up ? steps_.B * Rp_ : 0);
+      dir.d_c0 = arena.take<A>(adds_up && has_c() ? steps_.B * Hp_ : 0);
+      dir.d_operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
-      dir.gates_h = Cell::kSumsGates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
+      dir.gates_h = info_.sums_gates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
       dir.x = arena.take<A>(weights ? chunk_rows * pad_units(widest_) : 0);
-      dir.h = arena.take<A>(weights ? chunk_rows * Rp_ : 0);
+      dir.h = arena.take<A>(weights && info_.recurrent ? chunk_rows * Rp_ : 0);
+      dir.operand = arena.take<A>(weights && info_.two_products() ? chunk_rows * Hp_ : 0);
       dir.unprojected = arena.take<A>(weights && p_.projected() ? chunk_rows * Hp_ : 0);
       dir.d_unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.d_projected = arena.take<A>(p_.projected() ? chunk_rows * (Rp_ + kSkew) : 0);
-      dir.d_bias_ih = arena.take<A>(weights ? G * Hp_ : 0);
-      dir.d_bias_hh = arena.take<A>(weights && !Cell::kSumsGates ? G * Hp_ : 0);
-      dir.d_ih = arena.take<A>(weights && kLowPrecision ? G * p_.H * widest_ : 0);
-      dir.d_hh = arena.take<A>(weights && kLowPrecision ? G * p_.H * p_.R : 0);
+      dir.d_bias_ih = arena.take<A>(weights ? (G_ + info_.diagonals) * Hp_ : 0);
+      dir.d_bias_hh = arena.take<A>(weights && !info_.sums_gates ? G_ * Hp_ : 0);
+      dir.d_ih = arena.take<A>(weights && kLowPrecision ? G_ * p_.H * widest_ : 0);
+      dir.d_hh = arena.take<A>(weights && kLowPrecision && info_.recurrent ? G_ * p_.H * p_.R : 0);
       dir.d_hr = arena.take<A>(weights && kLowPrecision && p_.projected() ? p_.R * p_.H : 0);
       dir.chunk_offsets = arena.take<int64_t>(team(d).size() * (plan_.chunk_steps + 1));
       // Directions add up in the gradient of their input: the second one, and where that sum would
@@ -84,21 +95,28 @@ class BackwardScan : Scan<BackwardProblem> {
  private:
   struct Direction {
     A* packed_ih;      // panels of [G*Hp, I]
-    A* packed_hh;      // panels of [G*Hp, R]
+    A* packed_hh;      // panels of [first gates * Hp, R]
+    A* packed_second;  // panels of [other gates * Hp, R], where a cell has two products
     A* packed_hr;      // panels of [Rp, H]
+    A* diag;           // [P, Hp]
+    A* zeros;          // [Hp], a state after a reset
     A* h0;             // [B, Rp]
     A* c0;             // [B, Hp]
     A* dh;             // [B, Rp]: gradient of the state between two steps
     A* dc;             // [B, Hp]
+    A* d_h0;           // [B, Rp]
+    A* d_c0;           // [B, Hp]
+    A* d_operand;      // [B, Hp]
     A* gates_x;        // [chunk rows, ldg]: gradient of W_ih x + b_ih, gates of Hp units one after
-                       // another
+                       // another, and behind them that of the diagonals
     A* gates_h;        // the same of W_hh h + b_hh
     A* x;              // panels of [chunk rows, I]
     A* h;              // panels of [chunk rows, R]: h before each step
+    A* operand;        // panels of [chunk rows, H]
     A* unprojected;    // panels of [chunk rows, H]: what the projection was applied to
     A* d_unprojected;  // [B, Hp]
     A* d_projected;    // [chunk rows, R + skew]
-    A* d_bias_ih;      // [G*Hp]
+    A* d_bias_ih;      // [(G + P)*Hp]
     A* d_bias_hh;
     A* d_ih;  // weight gradients before they are rounded to S
     A* d_hh;
@@ -167,10 +185,18 @@ class BackwardScan : Scan<BackwardProblem> {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + count - 1 - i : first + i;
         each_member(crew, [&](const Member& member) { gate_gradients(task, member, chunk, t); });
+        if (info_.two_products()) {
+          if (plan_.split == Split::kUnits) wait_for_team(crew);
+          each_member(crew,
+                      [&](const Member& member) { operand_gradients(task, member, chunk, t); });
+        }
         if (plan_.split == Split::kUnits) wait_for_team(crew);
         // Behind the last step lies h0, whose gradient may not be wanted.
         if (p_.d_h0 || done + i + 1 < steps_.T)
-          each_member(crew, [&](const Member& member) { state_gradients(task, member, chunk, t); });
+          each_member(crew, [&](const Member& member) {
+            if (info_.recurrent) state_gradients(task, member, chunk, t);
+            reset(task, member, t);
+          });
       }
       each_member(crew, [&](const Member& member) { stage(task, member, chunk); });
       wait_for_team(crew);
@@ -193,41 +219,70 @@ class BackwardScan : Scan<BackwardProblem> {
                           Range range, bool shared, A* packed) {
       if (!packed) return;
       const int64_t K = gates * pad_units(units);
-      for_panels<A, 1>(range.begin, range.end, [&](int64_t column, int vectors) {
+      for_panels<A>(1, range.begin, range.end, [&](int64_t column, int vectors) {
         if (shared && turn++ % member.size != member.index) return;
         pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column,
                   vectors, packed + column * K);
       });
     };
     const bool by_units = plan_.split == Split::kUnits;
-    pack(w.hh, G, p_.H, p_.R, by_units ? member.units : Range{0, Rp_}, !by_units, dir.packed_hh);
+    const Range columns = by_units ? member.units : Range{0, Rp_};
+    pack(w.hh, first_gates_, p_.H, p_.R, columns, !by_units, dir.packed_hh);
+    pack(second_hh(w), second_gates(), p_.H, p_.R, columns, !by_units, dir.packed_second);
     if (needs_input(task.layer))
-      pack(w.ih, G, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
+      pack(w.ih, G_, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
     pack(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
+    if (by_units || member.index == 0)
+      copy_diagonals(static_cast<const S*>(w.diag), member.units, dir.diag);
+    if (member.index == 0 && dir.zeros) copy_row<A>(nullptr, 0, Hp_, dir.zeros);
+  }
+
+  int second_gates() const { return G_ - first_gates_; }
+  const S* second_hh(const Weights& w) const {
+    return second_gates() ? static_cast<const S*>(w.hh) + first_gates_ * p_.H * p_.R : nullptr;
   }
 
   // The gradients of the states after the last step.
   void start(const Task& task, const Member& member) {
     Direction& dir = *task.dir;
-    const int64_t state = task.plane * steps_.B;
     const auto row = [&](const void* tensor, int64_t b, int64_t n) {
-      return tensor ? static_cast<const S*>(tensor) + (state + b) * n : nullptr;
+      const int64_t state = task.plane * steps_.B + steps_.place(b);
+      return tensor ? static_cast<const S*>(tensor) + state * n : nullptr;
     };
     const Range rows = rows_to_start(member);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       copy_row(row(p_.h0, b, p_.R), p_.R, Rp_, dir.h0 + b * Rp_);
       copy_row(row(p_.d_h_n, b, p_.R), p_.R, Rp_, dir.dh + b * Rp_);
-      if constexpr (Cell::kStates > 1) {
+      if (dir.d_h0) copy_row<A>(nullptr, 0, Rp_, dir.d_h0 + b * Rp_);
+      if (has_c()) {
         copy_row(row(p_.c0, b, p_.H), p_.H, Hp_, dir.c0 + b * Hp_);
         copy_row(row(p_.d_c_n, b, p_.H), p_.H, Hp_, dir.dc + b * Hp_);
+        if (dir.d_c0) copy_row<A>(nullptr, 0, Hp_, dir.d_c0 + b * Hp_);
       }
     }
   }
 
   // The saved row of sequence b before step t, or -1 where the sequence starts with t.
   int64_t row_before(const Task& task, int64_t t, int64_t b) const {
+    if (begins(task.d, t, b)) return -1;
     if (task.d == 0) return t > 0 ? steps_.offset(t - 1) + b : -1;
     return t + 1 < steps_.T && b < steps_.rows(t + 1) ? steps_.offset(t + 1) + b : -1;
+  }
+
+  // The states before step t.
+  struct Before {
+    const A* h;
+    const A* c;
+  };
+  Before states_before(const Task& task, int64_t t, int64_t b) const {
+    const int64_t before = row_before(task, t, b);
+    if (before >= 0) {
+      const A* saved = saved_row(task.plane, before);
+      return {saved, has_c() ? saved + Hp_ : nullptr};
+    }
+    const Direction& dir = *task.dir;
+    if (!p_.reset_to_initial && begins(task.d, t, b)) return {dir.zeros, dir.zeros};
+    return {dir.h0 + b * Rp_, has_c() ? dir.c0 + b * Hp_ : nullptr};
   }
 
   // dh += d_output[t, b] for units [begin, end).
@@ -256,52 +311,53 @@ class BackwardScan : Scan<BackwardProblem> {
       add_output_gradient(task, t, b, member.units.begin, h_end, dir.dh + b * Rp_);
     if (p_.projected()) unproject(task, member.rows.begin, end, chunk, t);
 
-    for (int64_t b = member.rows.begin; b < end; ++b) {
-      const int64_t before = row_before(task, t, b);
-      const A* prev = before >= 0 ? saved_row(task.plane, before) : nullptr;
-      const A* h_before = prev ? prev : dir.h0 + b * Rp_;
-      const A* c_before = prev ? prev + Hp_ : Cell::kStates > 1 ? dir.c0 + b * Hp_ : nullptr;
-      apply_cell(dir, member.units, saved_row(task.plane, steps_.offset(t) + b), h_before, c_before,
-                 b, chunk.row(t, b));
-    }
+    for (int64_t b = member.rows.begin; b < end; ++b)
+      cell_.backward(row_of_step(task, member, chunk, t, b));
   }
 
-  void apply_cell(const Direction& dir, Range units, const A* saved_row, const A* h_before,
-                  const A* c_before, int64_t b, int64_t chunk_row) const {
-    using V = Vector<A>;
-    const bool projected = p_.projected();
-    A* dh = projected ? dir.d_unprojected + b * Hp_ : dir.dh + b * Rp_;
-    for (int64_t u = units.begin; u < units.end; u += L) {
-      V saved[Cell::kSaved + 1], prev[Cell::kStates], state[Cell::kStates], d_state[Cell::kStates];
-      V dx[G], dgh[G], d_prev[Cell::kStates];
-#pragma GCC unroll 8
-      for (int i = 0; i < Cell::kSaved; ++i)
-        saved[i] = load(saved_row + (Cell::kStates + i) * Hp_ + u);
-#pragma GCC unroll 8
-      for (int i = 0; i < Cell::kStates; ++i) state[i] = load(saved_row + i * Hp_ + u);
-      // A projected cell (LSTM) does not read the h before it except through W_hh.
-      prev[0] = projected ? V{} : load(h_before + u);
-      d_state[0] = load(dh + u);
-      if constexpr (Cell::kStates > 1) {
-        prev[1] = load(c_before + u);
-        d_state[1] = load(dir.dc + b * Hp_ + u);
-      }
-      Cell::backward(saved, prev, state, d_state, dx, dgh, d_prev);
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) {
-        store(dir.gates_x + chunk_row * ldg_ + g * Hp_ + u, dx[g]);
-        if constexpr (!Cell::kSumsGates)
-          store(dir.gates_h + chunk_row * ldg_ + g * Hp_ + u, dgh[g]);
-      }
-      store(dh + u, d_prev[0]);
-      if constexpr (Cell::kStates > 1) store(dir.dc + b * Hp_ + u, d_prev[1]);
-    }
+  BackwardRow<A> row_of_step(const Task& task, const Member& member, const Chunk& chunk, int64_t t,
+                             int64_t b) const {
+    const Direction& dir = *task.dir;
+    const Before before = states_before(task, t, b);
+    const A* states = saved_row(task.plane, steps_.offset(t) + b);
+    const int64_t gates = chunk.row(t, b) * ldg_;
+    BackwardRow<A> at{};
+    at.begin = member.units.begin;
+    at.end = member.units.end;
+    at.slot = Hp_;
+    at.states = states;
+    at.saved = states + info_.states * Hp_;
+    // A projected cell (LSTM) does not read the h before it except through W_hh.
+    at.h_before = p_.projected() ? nullptr : before.h;
+    at.c_before = before.c;
+    at.w = dir.diag;
+    at.dh = p_.projected() ? dir.d_unprojected + b * Hp_ : dir.dh + b * Rp_;
+    at.dc = has_c() ? dir.dc + b * Hp_ : nullptr;
+    at.gates_x = dir.gates_x + gates;
+    at.gates_h = dir.gates_h + gates;
+    at.d_operand = dir.d_operand ? dir.d_operand + b * Hp_ : nullptr;
+    return at;
+  }
+
+  // Through the second product of a cell that has one, to its operand and what depends on that.
+  void operand_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t) {
+    Direction& dir = *task.dir;
+    const int64_t rows = alive(member, t);
+    if (rows == 0) return;
+    const A* gates = dir.gates_h + chunk.row(t, member.rows.begin) * ldg_ + first_gates_ * Hp_;
+    A* out = dir.d_operand + member.rows.begin * Hp_;
+    for_panels<A>(1, member.units.begin, member.units.end, [&](int64_t column, int vectors) {
+      times(rows, second_gates(), p_.H, p_.R, gates, ldg_, second_hh(task.weights),
+            dir.packed_second, column, vectors, nullptr, 0, out + column, Hp_);
+    });
+    for (int64_t b = member.rows.begin; b < member.rows.begin + rows; ++b)
+      cell_.operand_backward(row_of_step(task, member, chunk, t, b));
   }
 
   // Through h = W_hr m, m the cell's own output. Keeps dh of the chunk for the gradient of W_hr.
   void unproject(const Task& task, int64_t begin, int64_t end, const Chunk& chunk, int64_t t) {
     Direction& dir = *task.dir;
-    for_panels<A, 1>(0, Hp_, [&](int64_t column, int vectors) {
+    for_panels<A>(1, 0, Hp_, [&](int64_t column, int vectors) {
       times(end - begin, 1, p_.R, p_.H, dir.dh + begin * Rp_, Rp_, task.weights.hr, dir.packed_hr,
             column, vectors, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
     });
@@ -335,11 +391,30 @@ class BackwardScan : Scan<BackwardProblem> {
     if (rows == 0) return;
     const A* gates = dir.gates_h + chunk.row(t, member.rows.begin) * ldg_;
     A* dh = dir.dh + member.rows.begin * Rp_;
-    const Range columns = p_.projected() ? Range{0, Rp_} : member.units;
-    for_panels<A, 1>(columns.begin, columns.end, [&](int64_t column, int vectors) {
-      times(rows, G, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column, vectors,
-            dh + column, Rp_, dh + column, Rp_);
+    const Range columns = units_of_h(member.units);
+    for_panels<A>(1, columns.begin, columns.end, [&](int64_t column, int vectors) {
+      times(rows, first_gates_, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column,
+            vectors, dh + column, Rp_, dh + column, Rp_);
     });
+  }
+
+  // Where a sequence begins with step t, its gradient does not flow on to the step before: it is
+  // lost, or that of h0 and c0.
+  void reset(const Task& task, const Member& member, int64_t t) {
+    if (!p_.reset.data) return;
+    const Direction& dir = *task.dir;
+    const auto end_here = [](Range units, A* gradient, A* total) {
+      for (int64_t u = units.begin; u < units.end; u += L) {
+        if (total) store(total + u, load(total + u) + load(gradient + u));
+        store(gradient + u, Vector<A>{});
+      }
+    };
+    for (int64_t b = member.rows.begin; b < member.rows.begin + alive(member, t); ++b) {
+      if (!begins(task.d, t, b)) continue;
+      end_here(units_of_h(member.units), dir.dh + b * Rp_, dir.d_h0 ? dir.d_h0 + b * Rp_ : nullptr);
+      if (has_c())
+        end_here(member.units, dir.dc + b * Hp_, dir.d_c0 ? dir.d_c0 + b * Hp_ : nullptr);
+    }
   }
 
   // Right operands of the weight gradients stand in slabs of kSlab rows, and each slab in panels.
@@ -350,7 +425,7 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t first = row / kSlab * kSlab;
     const int64_t count = slab_rows(rows, first);
     A* panels = slabs + first * columns;
-    for_panels<A, 1>(0, columns, [&](int64_t column, int vectors) {
+    for_panels<A>(1, 0, columns, [&](int64_t column, int vectors) {
       for (int v = 0; v < vectors; ++v) {
         const PanelVector<A> at(panels + column * count, count, vectors, v);
         store(at.data + (row - first) * at.stride, load(column + v * L));
@@ -392,9 +467,19 @@ class BackwardScan : Scan<BackwardProblem> {
             return load(both);
           });
         }
-        const int64_t before = row_before(task, t, b);
-        const A* h = before >= 0 ? saved_row(task.plane, before) : dir.h0 + b * Rp_;
-        stage_row(Rp_, rows, row, dir.h, [&](int64_t i) { return load_partial(h + i, p_.R - i); });
+        if (info_.recurrent) {
+          const A* h = states_before(task, t, b).h;
+          stage_row(Rp_, rows, row, dir.h,
+                    [&](int64_t i) { return load_partial(h + i, p_.R - i); });
+        }
+        if (info_.two_products()) {
+          const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
+          stage_row(Hp_, rows, row, dir.operand, [&](int64_t i) {
+            A operand[L];
+            cell_.saved_operand(at, i, operand);
+            return load(operand);
+          });
+        }
         if (p_.projected()) {
           const A* m = saved_row(task.plane, steps_.offset(t) + b) + (slots_ - 1) * Hp_;
           stage_row(Hp_, rows, row, dir.unprojected, [&](int64_t i) { return load(m + i); });
@@ -412,18 +497,23 @@ class BackwardScan : Scan<BackwardProblem> {
     Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
-    outer_product(chunk, G, p_.H, units, dir.gates_x, ldg_, dir.x, task.I,
+    outer_product(chunk, G_, p_.H, units, dir.gates_x, ldg_, dir.x, task.I,
                   accumulator(grads.ih, dir.d_ih));
-    outer_product(chunk, G, p_.H, units, dir.gates_h, ldg_, dir.h, p_.R,
-                  accumulator(grads.hh, dir.d_hh));
+    if (info_.recurrent) {
+      A* d_hh = accumulator(grads.hh, dir.d_hh);
+      outer_product(chunk, first_gates_, p_.H, units, dir.gates_h, ldg_, dir.h, p_.R, d_hh);
+      if (info_.two_products())
+        outer_product(chunk, second_gates(), p_.H, units, dir.gates_h + first_gates_ * Hp_, ldg_,
+                      dir.operand, p_.R, d_hh + first_gates_ * p_.H * p_.R);
+    }
     if (p_.projected())
       outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
                     dir.d_projected, Rp_ + kSkew, dir.unprojected, p_.H,
                     accumulator(grads.hr, dir.d_hr));
-    if (grads.bias_ih) {
-      sum_rows(chunk, units, dir.gates_x, dir.d_bias_ih);
-      if constexpr (!Cell::kSumsGates) sum_rows(chunk, units, dir.gates_h, dir.d_bias_hh);
-    }
+    const int end = G_ + info_.diagonals;
+    sum_rows(chunk, units, grads.bias_ih ? 0 : G_, end, dir.gates_x, dir.d_bias_ih);
+    if (grads.bias_ih && !info_.sums_gates)
+      sum_rows(chunk, units, 0, G_, dir.gates_h, dir.d_bias_hh);
   }
 
   // out[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`.
@@ -457,7 +547,7 @@ class BackwardScan : Scan<BackwardProblem> {
   static void accumulate(int64_t height, int64_t K, const A* columns, const A* right, int64_t N,
                          bool overwrite, A* c) {
     alignas(64) A edge[kMaxRows * kPanel];
-    for_panels<A, 1>(0, pad_units(N), [&](int64_t column, int vectors) {
+    for_panels<A>(1, 0, pad_units(N), [&](int64_t column, int vectors) {
       const TileFunction<A> tile =
           kTiles<A, Left::kColumns, Right::kPanel>.at[vectors - 1][height - 1];
       const A* panel = right + column * K;
@@ -478,9 +568,10 @@ class BackwardScan : Scan<BackwardProblem> {
   // out += the sum of the chunk's rows. Blocks are summed first: a bias is a sum over all rows,
   // with no product to hide behind, and one long row of additions loses more digits than torch
   // does.
-  void sum_rows(const Chunk& chunk, Range units, const A* gates, A* out) const {
+  void sum_rows(const Chunk& chunk, Range units, int first_gate, int end_gate, const A* gates,
+                A* out) const {
     constexpr int64_t kBlock = 16;
-    for (int g = 0; g < G; ++g)
+    for (int g = first_gate; g < end_gate; ++g)
       for (int64_t u = units.begin; u < units.end; u += L) {
         Vector<A> sum{};
         for (int64_t first = 0; first < chunk.rows(); first += kBlock) {
@@ -507,11 +598,11 @@ class BackwardScan : Scan<BackwardProblem> {
     const Range part = part_of(chunk.rows(), 1, member.index, member.size);
     A* own = own_input_gradient(task);
     alignas(64) A tile_out[kMaxRows * kPanel];
-    for_panels<A, 1>(0, pad_units(task.I), [&](int64_t column, int vectors) {
+    for_panels<A>(1, 0, pad_units(task.I), [&](int64_t column, int vectors) {
       int64_t t = chunk.first;
       for (int64_t row = part.begin; row < part.end; row += kMaxRows) {
         const int64_t height = part.end - row < kMaxRows ? part.end - row : kMaxRows;
-        times(height, G, p_.H, task.I, dir.gates_x + row * ldg_, ldg_, task.weights.ih,
+        times(height, G_, p_.H, task.I, dir.gates_x + row * ldg_, ldg_, task.weights.ih,
               dir.packed_ih, column, vectors, nullptr, 0, tile_out, kPanel);
         for (int64_t i = 0; i < height; ++i) {
           while (row + i >= chunk.offsets[t + 1 - chunk.first]) ++t;
@@ -553,16 +644,20 @@ class BackwardScan : Scan<BackwardProblem> {
 
   void finish(const Task& task, const Member& member) {
     const Direction& dir = *task.dir;
-    const int64_t state = task.plane * steps_.B;
-    const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
+    const auto write = [&](Range units, A* gradient, const A* total, int64_t n, void* tensor,
+                           int64_t b) {
+      for (int64_t u = units.begin; total && u < units.end; u += L)
+        store(gradient + u, load(gradient + u) + load(total + u));
+      const int64_t state = task.plane * steps_.B + steps_.place(b);
+      store_row(gradient, units.begin, units.end, n, static_cast<S*>(tensor) + state * n);
+    };
     for (int64_t b = member.rows.begin; b < member.rows.end; ++b) {
       if (p_.d_h0)
-        store_row(dir.dh + b * Rp_, member.units.begin, h_end, p_.R,
-                  static_cast<S*>(p_.d_h0) + (state + b) * p_.R);
-      if constexpr (Cell::kStates > 1)
-        if (p_.d_c0)
-          store_row(dir.dc + b * Hp_, member.units.begin, member.units.end, p_.H,
-                    static_cast<S*>(p_.d_c0) + (state + b) * p_.H);
+        write(units_of_h(member.units), dir.dh + b * Rp_, dir.d_h0 ? dir.d_h0 + b * Rp_ : nullptr,
+              p_.R, p_.d_h0, b);
+      if (p_.d_c0)
+        write(member.units, dir.dc + b * Hp_, dir.d_c0 ? dir.d_c0 + b * Hp_ : nullptr, p_.H,
+              p_.d_c0, b);
     }
   }
 
@@ -571,9 +666,12 @@ class BackwardScan : Scan<BackwardProblem> {
     const Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
+    for (int p = 0; p < info_.diagonals; ++p)
+      store_row(dir.d_bias_ih + (G_ + p) * Hp_, units.begin, units.end, p_.H,
+                static_cast<S*>(grads.diag) + p * p_.H);
     if (grads.bias_ih)
-      for (int64_t g = 0; g < G; ++g) {
-        const A* d_bias_hh = Cell::kSumsGates ? dir.d_bias_ih : dir.d_bias_hh;
+      for (int g = 0; g < G_; ++g) {
+        const A* d_bias_hh = info_.sums_gates ? dir.d_bias_ih : dir.d_bias_hh;
         store_row(dir.d_bias_ih + g * Hp_, units.begin, units.end, p_.H,
                   static_cast<S*>(grads.bias_ih) + g * p_.H);
         store_row(d_bias_hh + g * Hp_, units.begin, units.end, p_.H,
@@ -589,14 +687,17 @@ class BackwardScan : Scan<BackwardProblem> {
               store_partial(static_cast<S*>(tensor) + row * N + i,
                             load_partial(own + row * N + i, N - i), N - i);
       };
-      round_rows(dir.d_ih, grads.ih, G, p_.H, units, task.I);
-      round_rows(dir.d_hh, grads.hh, G, p_.H, units, p_.R);
+      round_rows(dir.d_ih, grads.ih, G_, p_.H, units, task.I);
+      if (info_.recurrent) round_rows(dir.d_hh, grads.hh, G_, p_.H, units, p_.R);
       if (p_.projected())
         round_rows(dir.d_hr, grads.hr, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
                    p_.H);
     }
   }
 
+  const CellRows<S>& cell_;
+  const int G_;
+  const int first_gates_;     // those that W_hh h adds to
   const int64_t block_rows_;  // sequences of a block, at most
   const int64_t ldg_;         // of the gate gradients
   Direction* directions_;     // [slots of work]
@@ -605,7 +706,7 @@ class BackwardScan : Scan<BackwardProblem> {
 
 template <class Cell, class S>
 void backward(const BackwardProblem& problem, const Plan& plan, const Runtime& runtime) {
-  BackwardScan<Cell, S> scan(problem, plan);
+  BackwardScan<S> scan(kCellRows<Cell, S>, problem, plan);
   run_scan(scan, plan.threads, runtime);
 }
 

@@ -6,16 +6,15 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-template <class Cell, class S>
+template <class S>
 class ForwardScan : Scan<ForwardProblem> {
   using A = Accumulate<S>;
   static constexpr int L = kLanes<A>;
-  static constexpr int G = Cell::kGates;
   static constexpr int kPanelWidth = kMaxVectors * L;
 
  public:
-  ForwardScan(const ForwardProblem& problem, const Plan& plan)
-      : Scan(problem, plan, saved_slots<Cell>(problem)) {}
+  ForwardScan(const CellRows<S>& cell, const ForwardProblem& problem, const Plan& plan)
+      : Scan(cell.info, problem, plan), cell_(cell), G_(cell.info.gates) {}
 
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
@@ -24,19 +23,27 @@ class ForwardScan : Scan<ForwardProblem> {
     for (int64_t slot = 0; slot < slots_of_work(); ++slot) {
       Direction measured;
       Direction& dir = directions_ ? directions_[slot] : measured;
-      dir.packed_ih = arena.take<A>(plan_.pack_ih ? G * Hp_ * widest_ : 0);
-      dir.packed_hh = arena.take<A>(plan_.pack_hh ? G * Hp_ * p_.R : 0);
+      dir.packed_ih = arena.take<A>(plan_.pack_ih ? G_ * Hp_ * widest_ : 0);
+      const int first = info_.two_products() ? info_.first_gates : G_;
+      dir.recurrent[0] = {0, first, nullptr, nullptr};
+      dir.recurrent[1] = {first, G_ - first, nullptr, nullptr};
+      for (Recurrent& product : dir.recurrent) {
+        const bool pack = plan_.pack_hh && info_.recurrent;
+        product.packed = arena.take<A>(pack ? product.gates * Hp_ * p_.R : 0);
+        product.bias = arena.take<A>(product.gates * Hp_);
+      }
       dir.packed_hr = arena.take<A>(plan_.pack_hh && p_.projected() ? Rp_ * p_.H : 0);
-      dir.bias_ih = arena.take<A>(G * Hp_);
-      dir.bias_hh = arena.take<A>(G * Hp_);
+      dir.bias_ih = arena.take<A>(G_ * Hp_);
+      dir.diag = arena.take<A>(info_.diagonals * Hp_);
       dir.h[0] = arena.take<A>(steps_.B * Rp_);
       dir.h[1] = arena.take<A>(steps_.B * Rp_);
-      dir.c = arena.take<A>(Cell::kStates > 1 ? steps_.B * Hp_ : 0);
+      dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
+      dir.operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
       const int64_t members = team(by_layers() ? 0 : slot).size();
-      gates_stride_ = plan_.split == Split::kUnits ? 0 : chunk_rows * G * Hp_;
-      dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G * Hp_);
+      gates_stride_ = plan_.split == Split::kUnits ? 0 : chunk_rows * G_ * Hp_;
+      dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G_ * Hp_);
       dir.staged = arena.take<A>(members * chunk_rows * widest_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
     }
@@ -55,15 +62,24 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
  private:
+  // The part of W_hh that is multiplied at once: some gates of it.
+  struct Recurrent {
+    int first;  // gate
+    int gates;
+    A* packed;  // panels of [R, gates*Hp]
+    A* bias;    // [gates*Hp] in panel order
+  };
+
   struct Direction {
-    A* packed_ih;  // panels of [I, G*Hp]
-    A* packed_hh;  // panels of [R, G*Hp]
-    A* packed_hr;  // panels of [H, Rp]
-    A* bias_ih;    // [G*Hp] in panel order
-    A* bias_hh;
+    A* packed_ih;            // panels of [I, G*Hp]
+    A* packed_hr;            // panels of [H, Rp]
+    A* bias_ih;              // [G*Hp] in panel order
+    Recurrent recurrent[2];  // the second has no gates but where a cell has two products
+    A* diag;                 // [P, Hp]
     A* h[2];                 // [B, Rp]: read at one step, written at the next
     A* c;                    // [B, Hp]
     A* unprojected;          // [B, Hp]
+    A* operand;              // [B, Hp], of the second product
     A* gates_x;              // [members, chunk rows, G*Hp] in panel order
     A* staged;               // [members, chunk rows, I]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
@@ -83,7 +99,8 @@ class ForwardScan : Scan<ForwardProblem> {
 
   Sequence between(int64_t layer) const {
     const int64_t features = p_.dirs * p_.R;
-    return {between_ + layer % betweens() * steps_.N * features, steps_.B * features, features};
+    return {between_ + layer % betweens() * steps_.N * features, steps_.B * features, features,
+            steps_.offsets != nullptr};
   }
 
   void run_direction(int64_t layer, const Crew& crew) {
@@ -112,9 +129,14 @@ class ForwardScan : Scan<ForwardProblem> {
       each_member(crew, [&](const Member& member) { input_product(task, member, first, count); });
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + i : first + count - 1 - i;
-        each_member(
-            crew, [&](const Member& member) { step(task, member, t, t - first, (done + i) % 2); });
-        if (plan_.split == Split::kUnits) wait_for_team(crew);
+        const auto each_product = [&](int product) {
+          each_member(crew, [&](const Member& member) {
+            step(task, member, t, t - first, (done + i) % 2, product);
+          });
+          if (plan_.split == Split::kUnits) wait_for_team(crew);
+        };
+        if (info_.two_products()) each_product(0);
+        each_product(info_.two_products() ? 1 : 0);
       }
       lead(task.layer);
     }
@@ -126,41 +148,63 @@ class ForwardScan : Scan<ForwardProblem> {
     const Weights& w = task.weights;
     const bool shared = plan_.split != Split::kUnits;
     int64_t turn = 0;
-    for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
-      if (shared && turn++ % member.size != member.index) return;
-      pack_bias<S, G>(static_cast<const S*>(w.bias_ih), p_.H, unit, vectors,
-                      dir.bias_ih + unit * G);
-      pack_bias<S, G>(static_cast<const S*>(w.bias_hh), p_.H, unit, vectors,
-                      dir.bias_hh + unit * G);
-      const auto pack = [&](const void* weight, int64_t K, A* packed) {
+    const auto pack = [&](const void* weight, const void* bias, int first, int gates, int64_t K,
+                          A* packed, A* packed_bias) {
+      if (gates == 0) return;
+      for_panels<A>(gates, member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
+        if (shared && turn++ % member.size != member.index) return;
+        const auto from = [&](const void* rows, int64_t columns) {
+          return rows ? static_cast<const S*>(rows) + first * p_.H * columns : nullptr;
+        };
+        pack_bias<S>(from(bias, 1), gates, p_.H, unit, vectors, packed_bias + unit * gates);
         if (packed)
-          pack_transposed<S, G>(static_cast<const S*>(weight), p_.H, K, unit, vectors,
-                                packed + unit * G * K);
-      };
-      pack(w.ih, task.I, dir.packed_ih);
-      pack(w.hh, p_.R, dir.packed_hh);
-    });
-    if (plan_.pack_hh && p_.projected())
-      for_panels<A, 1>(0, Rp_, [&](int64_t unit, int vectors) {
-        if (turn++ % member.size != member.index) return;
-        pack_transposed<S, 1>(static_cast<const S*>(w.hr), p_.R, p_.H, unit, vectors,
-                              dir.packed_hr + unit * p_.H);
+          pack_transposed<S>(from(weight, K), gates, p_.H, K, unit, vectors,
+                             packed + unit * gates * K);
       });
+    };
+    pack(w.ih, w.bias_ih, 0, G_, task.I, dir.packed_ih, dir.bias_ih);
+    for (const Recurrent& r : dir.recurrent)
+      pack(w.hh, w.bias_hh, r.first, r.gates, p_.R, r.packed, r.bias);
+    if (plan_.pack_hh && p_.projected())
+      for_panels<A>(1, 0, Rp_, [&](int64_t unit, int vectors) {
+        if (turn++ % member.size != member.index) return;
+        pack_transposed<S>(static_cast<const S*>(w.hr), 1, p_.R, p_.H, unit, vectors,
+                           dir.packed_hr + unit * p_.H);
+      });
+    if (!shared || member.index == 0)
+      copy_diagonals(static_cast<const S*>(w.diag), member.units, dir.diag);
   }
 
   // The states before the first step. Both buffers of h start from h0: in a ragged batch the
   // reverse direction meets new sequences at any step.
   void start(const Task& task, const Member& member) {
-    const Direction& dir = *task.dir;
-    const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B;
-    const S* h0 = static_cast<const S*>(p_.h0);
-    const S* c0 = static_cast<const S*>(p_.c0);
     const Range rows = rows_to_start(member);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
-      for (A* h : dir.h) copy_row(h0 ? h0 + (state + b) * p_.R : nullptr, p_.R, Rp_, h + b * Rp_);
-      if constexpr (Cell::kStates > 1)
-        copy_row(c0 ? c0 + (state + b) * p_.H : nullptr, p_.H, Hp_, dir.c + b * Hp_);
+      const bool from_zero =
+          task.d == 0 && !p_.reset_to_initial && b < steps_.rows(0) && begins(0, 0, b);
+      for (int parity = 0; parity < 2; ++parity)
+        begin_sequence(task, {0, Hp_}, b, parity, from_zero);
     }
+  }
+
+  // The states of sequence b become its initial ones, or zeros, in some units.
+  void begin_sequence(const Task& task, Range units, int64_t b, int64_t parity, bool from_zero) {
+    const Direction& dir = *task.dir;
+    const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B + steps_.place(b);
+    const auto copy = [&](const void* tensor, Range range, int64_t n, A* to) {
+      const S* from = tensor && !from_zero ? static_cast<const S*>(tensor) + state * n : nullptr;
+      for (int64_t u = range.begin; u < range.end; u += L)
+        store(to + u, from ? load_partial(from + u, n - u) : Vector<A>{});
+    };
+    copy(p_.h0, units_of_h(units), p_.R, dir.h[parity] + b * Rp_);
+    if (has_c()) copy(p_.c0, units, p_.H, dir.c + b * Hp_);
+  }
+
+  // After a step: whose sequence begins anew with the next one, t.
+  void reset(const Task& task, const Member& member, int64_t t, int64_t parity) {
+    if (!p_.reset.data || t < 0 || t >= steps_.T) return;
+    for (int64_t b = member.rows.begin; b < member.rows.begin + alive(member, t); ++b)
+      if (begins(task.d, t, b)) begin_sequence(task, member.units, b, parity, !p_.reset_to_initial);
   }
 
   A* gates_x(const Task& task, const Member& member) const {
@@ -179,14 +223,13 @@ class ForwardScan : Scan<ForwardProblem> {
     const A* x = nullptr;
     int64_t ldx = 0;
     if constexpr (sizeof(S) == sizeof(A)) {
-      const bool everyone = member.rows.size() == steps_.B;
-      if (everyone &&
-          (steps_.offsets || task.input.stride_t == steps_.B * task.input.stride_b || count == 1)) {
-        x = row_of<S>(task.input, steps_, first, 0);
-        ldx = task.input.stride_b;
-      } else if (count == 1 || (member.rows.size() == 1 && !steps_.offsets)) {
-        x = row_of<S>(task.input, steps_, first, member.rows.begin);
-        ldx = count == 1 ? task.input.stride_b : task.input.stride_t;
+      const Sequence& in = task.input;
+      const bool gapless = in.packed || (!steps_.offsets && in.stride_t == steps_.B * in.stride_b);
+      const bool one_step = count == 1 && (in.packed || !steps_.order);
+      const bool one_row = member.rows.size() == 1 && !in.packed;
+      if (one_step || one_row || (gapless && member.rows.size() == steps_.B)) {
+        x = row_of<S>(in, steps_, first, member.rows.begin);
+        ldx = one_row && !one_step ? in.stride_t : in.stride_b;
       }
     }
     if (!x) {
@@ -200,9 +243,9 @@ class ForwardScan : Scan<ForwardProblem> {
     }
 
     A* gates = gates_x(task, member);
-    for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
-      product<G>(rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H, dir.packed_ih,
-                 unit, vectors, dir.bias_ih + unit * G, gates + unit * G, G * Hp_);
+    for_panels<A>(G_, member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
+      product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H, dir.packed_ih,
+              unit, vectors, dir.bias_ih + unit * G_, gates + unit * G_, G_ * Hp_);
     });
   }
 
@@ -211,11 +254,10 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   // out[m, panel] = x[m, :] W^T + bias for one panel of units.
-  template <int gates>
-  void product(int64_t rows, int64_t K, const A* x, int64_t ldx, const S* w, int64_t units,
-               const A* packed, int64_t unit, int vectors, const A* bias, A* out,
+  void product(int gates, int64_t rows, int64_t K, const A* x, int64_t ldx, const S* w,
+               int64_t units, const A* packed, int64_t unit, int vectors, const A* bias, A* out,
                int64_t ldo) const {
-    if (!packed) return dot<S, gates>(rows, K, x, ldx, w, units, unit, vectors, bias, out, ldo);
+    if (!packed) return dot<S>(rows, K, x, ldx, w, gates, units, unit, vectors, bias, out, ldo);
     const int64_t width = int64_t(gates) * vectors * L;
     for_row_tiles<A, Left::kRows, Right::kPanel>(
         rows, gates * vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
@@ -223,141 +265,126 @@ class ForwardScan : Scan<ForwardProblem> {
         });
   }
 
-  // Where a member's rows of one step stand: pointers to its first sequence, at unit 0. Rows follow
-  // one another at fixed distances.
-  struct StepRows {
-    const A* gates_x;  // [rows, G*Hp] in panel order
-    const A* h;        // [rows, Rp]
-    A* h_next;         // [rows, Rp]
-    A* c;              // [rows, Hp], null for a cell without c
-    A* unprojected;    // [rows, Hp], null without a projection
-    S* y;              // [rows, R], ldy apart
-    int64_t ldy;
-    A* saved;  // [rows, slots, Hp], null in inference
-  };
-
-  StepRows rows_of_step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk,
-                        int64_t parity) const {
+  // Where the member's rows of one step stand: unit 0 of its first sequence.
+  ForwardStep<S> rows_of_step(const Task& task, const Member& member, int64_t t,
+                              int64_t index_in_chunk, int64_t parity) const {
     const Direction& dir = *task.dir;
     const int64_t first = member.rows.begin;
     const int64_t offset =
         dir.chunk_offsets[member.index * (plan_.chunk_steps + 1) + index_in_chunk];
     const int64_t saved_row = (task.layer * p_.dirs + task.d) * steps_.N + steps_.offset(t) + first;
-    return {gates_x(task, member) + offset * G * Hp_,
-            dir.h[parity] + first * Rp_,
-            dir.h[1 - parity] + first * Rp_,
-            dir.c ? dir.c + first * Hp_ : nullptr,
-            dir.unprojected ? dir.unprojected + first * Hp_ : nullptr,
-            row_of<S>(task.output, steps_, t, first) + task.d * p_.R,
-            task.output.stride_b,
-            p_.saved ? static_cast<A*>(p_.saved) + saved_row * slots_ * Hp_ : nullptr};
+    const bool ordered = steps_.order && !task.output.packed;
+    const bool projected = p_.projected();
+    const auto row_of_state = [&](A* state, int64_t size) {
+      return state ? state + first * size : nullptr;
+    };
+    ForwardStep<S> at{};
+    at.x = gates_x(task, member) + offset * G_ * Hp_;
+    at.ldx = G_ * Hp_;
+    at.w = dir.diag;
+    at.w_stride = Hp_;
+    at.before = projected ? nullptr : dir.h[parity] + first * Rp_;
+    at.after = dir.h[1 - parity] + first * Rp_;
+    at.ld_state = Rp_;
+    at.c = row_of_state(dir.c, Hp_);
+    at.ldc = Hp_;
+    at.own = row_of_state(dir.unprojected, Hp_);
+    at.operand = row_of_state(dir.operand, Hp_);
+    at.ld_own = Hp_;
+    at.y = (ordered ? static_cast<S*>(task.output.data) + t * task.output.stride_t
+                    : row_of<S>(task.output, steps_, t, first)) +
+           task.d * p_.R;
+    at.ldy = task.output.stride_b;
+    at.order = ordered ? steps_.order + first : nullptr;
+    at.valid = p_.R;
+    at.saved = p_.saved ? static_cast<A*>(p_.saved) + saved_row * slots_ * Hp_ : nullptr;
+    at.ld_saved = slots_ * Hp_;
+    at.slot = Hp_;
+    at.own_slot = int(slots_ - 1);
+    return at;
   }
 
+  // One recurrent product of one step, and what follows it.
   void step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk,
-            int64_t parity) {
+            int64_t parity, int which) {
     const Direction& dir = *task.dir;
     const int64_t rows = alive(member, t);
-    if (rows == 0) return;
-    const StepRows at = rows_of_step(task, member, t, index_in_chunk, parity);
-
-    alignas(64) A gates_h[kMaxRows * kPanelWidth];
-    for_panels<A, G>(member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
-      const int64_t width = int64_t(G) * vectors * L;
-      const A* bias = dir.bias_hh + unit * G;
-      if (dir.packed_hh) {
-        for_row_tiles<A, Left::kRows, Right::kPanel>(
-            rows, G * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
-              tile(p_.R, at.h + m * Rp_, Rp_, dir.packed_hh + unit * G * p_.R, width, bias, 0,
-                   gates_h, width);
-              apply_cell(at, m, height, unit, vectors, gates_h);
-            });
-      } else {
-        for (int64_t m = 0; m < rows; m += kMaxRows) {
-          const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-          dot<S, G>(height, p_.R, at.h + m * Rp_, Rp_, static_cast<const S*>(task.weights.hh), p_.H,
-                    unit, vectors, bias, gates_h, width);
-          apply_cell(at, m, height, unit, vectors, gates_h);
-        }
-      }
-    });
-    if (p_.projected()) project(task, at, rows);
+    const ForwardStep<S> at = rows_of_step(task, member, t, index_in_chunk, parity);
+    if (rows > 0) {
+      for_panels<A>(dir.recurrent[which].gates, member.units.begin, member.units.end,
+                    [&](int64_t unit, int vectors) {
+                      panel(task, member, at, rows, parity, which, unit, vectors);
+                    });
+      if (p_.projected()) project(task, at, rows);
+    }
+    if (which == 1 || !info_.two_products())
+      reset(task, member, task.d == 0 ? t + 1 : t - 1, 1 - parity);
   }
 
-  // The cell for rows [m, m + height) of one panel: gates in, states out.
-  void apply_cell(const StepRows& at, int64_t m, int64_t height, int64_t unit, int vectors,
-                  const A* gates_h) const {
-    using V = Vector<A>;
-    const int64_t gate = vectors * L;
-    for (int v = 0; v < vectors; ++v, unit += L) {
-      const A* gx = at.gates_x + m * G * Hp_ + (unit - v * L) * G + v * L;
-      const A* gh = gates_h + v * L;
-      const A* h = at.h + m * Rp_ + unit;  // with a projection not followed
-      A* h_next = at.h_next + m * Rp_ + unit;
-      A* c = at.c ? at.c + m * Hp_ + unit : nullptr;
-      A* unprojected = at.unprojected ? at.unprojected + m * Hp_ + unit : nullptr;
-      S* y = at.y + m * at.ldy + unit;
-      A* slot = at.saved ? at.saved + m * slots_ * Hp_ + unit : nullptr;
-      for (int64_t i = 0; i < height; ++i) {
-        V x[G], hh[G], prev[Cell::kStates], state[Cell::kStates], saved[Cell::kSaved + 1];
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) {
-          x[g] = load(gx + g * gate);
-          hh[g] = load(gh + g * gate);
-        }
-        // A projected cell (LSTM) does not read the h before it except through W_hh.
-        prev[0] = unprojected ? V{} : load(h);
-        if constexpr (Cell::kStates > 1) prev[1] = load(c);
-        Cell::forward(x, hh, prev, state, saved);
-        if constexpr (Cell::kStates > 1) {
-          store(c, state[1]);
-          c += Hp_;
-        }
-        if (!unprojected) state[0] = emit_h(state[0], p_.R - unit, h_next, y);
-        if (slot) {
-          store(unprojected ? slot + (slots_ - 1) * Hp_ : slot, state[0]);
-#pragma GCC unroll 8
-          for (int s = 1; s < Cell::kStates; ++s) store(slot + s * Hp_, state[s]);
-#pragma GCC unroll 8
-          for (int s = 0; s < Cell::kSaved; ++s) store(slot + (Cell::kStates + s) * Hp_, saved[s]);
-          slot += slots_ * Hp_;
-        }
-        gx += G * Hp_;
-        gh += G * gate;
-        h += Rp_;
-        h_next += Rp_;
-        y += at.ldy;
-        if (unprojected) {
-          store(unprojected, state[0]);
-          unprojected += Hp_;
-        }
-      }
+  // Some units of it: the product tile by tile, and on each tile the cell.
+  void panel(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
+             int64_t parity, int which, int64_t unit, int vectors) const {
+    const Direction& dir = *task.dir;
+    const Recurrent& r = dir.recurrent[which];
+    const int64_t width = int64_t(r.gates) * vectors * L;
+    const A* bias = r.bias + unit * r.gates;
+    const auto cell = [&](int64_t m, int64_t height, const A* gates_h, int64_t ldh) {
+      apply_cell(member, at, m, height, which, unit, vectors, gates_h, ldh);
+    };
+    if (!info_.recurrent) return cell(0, rows, bias, 0);
+    const int64_t lda = which == 0 ? Rp_ : Hp_;
+    const A* a = (which == 0 ? dir.h[parity] : dir.operand) + member.rows.begin * lda;
+    alignas(64) A gates_h[kMaxRows * kPanelWidth];
+    if (r.packed) {
+      const A* packed = r.packed + unit * r.gates * p_.R;
+      for_row_tiles<A, Left::kRows, Right::kPanel>(
+          rows, r.gates * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
+            tile(p_.R, a + m * lda, lda, packed, width, bias, 0, gates_h, width);
+            cell(m, height, gates_h, width);
+          });
+      return;
+    }
+    const S* w = static_cast<const S*>(task.weights.hh) + r.first * p_.H * p_.R;
+    for (int64_t m = 0; m < rows; m += kMaxRows) {
+      const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+      dot<S>(height, p_.R, a + m * lda, lda, w, r.gates, p_.H, unit, vectors, bias, gates_h, width);
+      cell(m, height, gates_h, width);
     }
   }
 
-  // h goes to the output, and on to the next step as the output holds it.
-  static FUSED_RNN_INLINE Vector<A> emit_h(Vector<A> h, int64_t valid, A* h_next, S* y) {
-    h = round_to<S>(h);
-    store(h_next, h);
-    store_partial(y, h, valid);
-    return h;
+  void apply_cell(const Member& member, const ForwardStep<S>& at, int64_t m, int64_t height,
+                  int which, int64_t unit, int vectors, const A* gates_h, int64_t ldh) const {
+    const int64_t gate = vectors * L;
+    if (!info_.two_products())
+      return cell_.forward(at, {m, height, unit, vectors, unit * G_, gate, gates_h, ldh, gate});
+    // The panels of x are those of all gates.
+    const int64_t most = panel_units<A>(G_);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t u = unit + v * L;
+      const int64_t panel = member.units.begin + (u - member.units.begin) / most * most;
+      const int64_t end = panel + most < member.units.end ? panel + most : member.units.end;
+      const Tile<A> tile{m,           height,          u,   1,   panel * G_ + u - panel,
+                         end - panel, gates_h + v * L, ldh, gate};
+      which == 0 ? cell_.operand(at, tile) : cell_.forward(at, tile);
+    }
   }
 
   // h = W_hr (o tanh c), for an LSTM with projection.
-  void project(const Task& task, const StepRows& at, int64_t rows) const {
+  void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
     alignas(64) A projected[kMaxRows * kPanelWidth];
     alignas(64) const A zeros[kPanelWidth] = {};
-    for_panels<A, 1>(0, Rp_, [&](int64_t unit, int vectors) {
+    for_panels<A>(1, 0, Rp_, [&](int64_t unit, int vectors) {
       for (int64_t m = 0; m < rows; m += kMaxRows) {
         const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-        product<1>(height, p_.H, at.unprojected + m * Hp_, Hp_,
-                   static_cast<const S*>(task.weights.hr), p_.R, task.dir->packed_hr, unit, vectors,
-                   zeros, projected, vectors * L);
-        for (int64_t i = 0; i < height; ++i)
+        product(1, height, p_.H, at.own + m * Hp_, Hp_, static_cast<const S*>(task.weights.hr),
+                p_.R, task.dir->packed_hr, unit, vectors, zeros, projected, vectors * L);
+        for (int64_t i = m; i < m + height; ++i)
           for (int v = 0; v < vectors; ++v) {
             const int64_t u = unit + v * L;
-            const Vector<A> h = emit_h(load(projected + (i * vectors + v) * L), p_.R - u,
-                                       at.h_next + (m + i) * Rp_ + u, at.y + (m + i) * at.ldy + u);
-            if (at.saved) store(at.saved + (m + i) * slots_ * Hp_ + u, h);
+            const Vector<A> h =
+                emit_h<S>(load(projected + ((i - m) * vectors + v) * L), p_.R - u,
+                          at.after + i * Rp_ + u, at.y + (at.order ? at.order[i] : i) * at.ldy + u);
+            if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);
           }
       }
     });
@@ -365,20 +392,22 @@ class ForwardScan : Scan<ForwardProblem> {
 
   void finish(const Task& task, const Member& member) {
     const Direction& dir = *task.dir;
-    const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B;
-    const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
+    const Range h_units = units_of_h(member.units);
     for (int64_t b = member.rows.begin; b < member.rows.end; ++b) {
+      const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B + steps_.place(b);
       // Forwards a sequence ends with its own last step, backwards all end with step 0.
       const int64_t parity = (task.d == 0 ? steps_.length(b) : steps_.T) % 2;
       if (p_.h_n)
-        store_row(dir.h[parity] + b * Rp_, member.units.begin, h_end, p_.R,
-                  static_cast<S*>(p_.h_n) + (state + b) * p_.R);
-      if constexpr (Cell::kStates > 1)
+        store_row(dir.h[parity] + b * Rp_, h_units.begin, h_units.end, p_.R,
+                  static_cast<S*>(p_.h_n) + state * p_.R);
+      if (has_c())
         store_row(dir.c + b * Hp_, member.units.begin, member.units.end, p_.H,
-                  static_cast<S*>(p_.c_n) + (state + b) * p_.H);
+                  static_cast<S*>(p_.c_n) + state * p_.H);
     }
   }
 
+  const CellRows<S>& cell_;
+  const int G_;
   int64_t gates_stride_;   // of a member's gates_x
   Direction* directions_;  // [slots of work]
   S* between_;             // [betweens, N, D*R]: output of a layer, input of the next
@@ -386,7 +415,7 @@ class ForwardScan : Scan<ForwardProblem> {
 
 template <class Cell, class S>
 void forward(const ForwardProblem& problem, const Plan& plan, const Runtime& runtime) {
-  ForwardScan<Cell, S> scan(problem, plan);
+  ForwardScan<S> scan(kCellRows<Cell, S>, problem, plan);
   run_scan(scan, plan.threads, runtime);
 }
 

@@ -6,20 +6,13 @@
 
 namespace fused_rnn::cpu {
 
-struct CellInfo {
-  const char* name;
-  int gates;
-  int states;
-  int saved;
-};
-
-// The pointwise functions as the scan runs them, for tests: arrays of n values per gate, state or
-// saved value.
+// The pointwise functions of this instruction set, for tests: arrays of n values per gate, state,
+// diagonal or saved value. The matrix of a second product is taken for one: h has what is added.
 template <class A>
 struct CellFunctions {
-  void (*forward)(int64_t n, const A* x, const A* h, const A* prev, A* state, A* saved);
-  void (*backward)(int64_t n, const A* saved, const A* prev, const A* state, const A* d_state,
-                   A* dx, A* dh, A* d_prev);
+  void (*forward)(int64_t n, const A* x, const A* h, const A* w, const A* prev, A* state, A* saved);
+  void (*backward)(int64_t n, const A* saved, const A* w, const A* prev, const A* state,
+                   const A* d_state, A* dx, A* dh, A* d_prev, A* dw);
 };
 
 struct CellKernels {

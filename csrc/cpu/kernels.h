@@ -10,50 +10,66 @@
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 namespace {
 
+template <class A>
+FUSED_RNN_INLINE void load_all(Vector<A>* to, int count, const A* from, int64_t n, int64_t i) {
+  for (int k = 0; k < count; ++k) to[k] = load_partial(from + k * n + i, n - i);
+}
+template <class A>
+FUSED_RNN_INLINE void store_all(A* to, int count, const Vector<A>* from, int64_t n, int64_t i) {
+  for (int k = 0; k < count; ++k) store_partial(to + k * n + i, from[k], n - i);
+}
+
 template <class Cell, class A>
-void cell_forward(int64_t n, const A* x, const A* h, const A* prev, A* state, A* saved) {
-  constexpr int L = kLanes<A>;
-  for (int64_t i = 0; i < n; i += L) {
-    Vector<A> vx[Cell::kGates], vh[Cell::kGates], vprev[Cell::kStates], vstate[Cell::kStates],
-        vsaved[Cell::kSaved + 1];
-    for (int g = 0; g < Cell::kGates; ++g) {
-      vx[g] = load_partial(x + g * n + i, n - i);
-      vh[g] = load_partial(h + g * n + i, n - i);
+void cell_forward(int64_t n, const A* x, const A* h, const A* w, const A* prev, A* state,
+                  A* saved) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    Vector<A> vx[Cell::kGates], vh[Cell::kGates], vw[Cell::kDiagonals + 1], vprev[Cell::kStates],
+        vstate[Cell::kStates], vsaved[Cell::kSaved + 1];
+    load_all(vx, Cell::kGates, x, n, i);
+    load_all(vh, Cell::kGates, h, n, i);
+    load_all(vw, Cell::kDiagonals, w, n, i);
+    load_all(vprev, Cell::kStates, prev, n, i);
+    if constexpr (kTwoProducts<Cell>) {
+      const Vector<A> operand = Cell::operand(vx, vh, vprev, vx);
+      for (int g = Cell::kFirstGates; g < Cell::kGates; ++g) vh[g] += operand;
     }
-    for (int s = 0; s < Cell::kStates; ++s) vprev[s] = load_partial(prev + s * n + i, n - i);
-    Cell::forward(vx, vh, vprev, vstate, vsaved);
-    for (int s = 0; s < Cell::kStates; ++s) store_partial(state + s * n + i, vstate[s], n - i);
-    for (int s = 0; s < Cell::kSaved; ++s) store_partial(saved + s * n + i, vsaved[s], n - i);
+    Cell::forward(vx, vh, vw, vprev, vstate, vsaved);
+    store_all(state, Cell::kStates, vstate, n, i);
+    store_all(saved, Cell::kSaved, vsaved, n, i);
   }
 }
 
 template <class Cell, class A>
-void cell_backward(int64_t n, const A* saved, const A* prev, const A* state, const A* d_state,
-                   A* dx, A* dh, A* d_prev) {
-  constexpr int L = kLanes<A>;
-  for (int64_t i = 0; i < n; i += L) {
-    Vector<A> vsaved[Cell::kSaved + 1], vprev[Cell::kStates], vstate[Cell::kStates],
-        vd[Cell::kStates];
-    Vector<A> vdx[Cell::kGates], vdh[Cell::kGates], vdprev[Cell::kStates];
-    for (int s = 0; s < Cell::kSaved; ++s) vsaved[s] = load_partial(saved + s * n + i, n - i);
-    for (int s = 0; s < Cell::kStates; ++s) {
-      vprev[s] = load_partial(prev + s * n + i, n - i);
-      vstate[s] = load_partial(state + s * n + i, n - i);
-      vd[s] = load_partial(d_state + s * n + i, n - i);
+void cell_backward(int64_t n, const A* saved, const A* w, const A* prev, const A* state,
+                   const A* d_state, A* dx, A* dh, A* d_prev, A* dw) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    Vector<A> vsaved[Cell::kSaved + 1], vw[Cell::kDiagonals + 1], vprev[Cell::kStates],
+        vstate[Cell::kStates], vd[Cell::kStates];
+    Vector<A> vdx[Cell::kGates], vdh[Cell::kGates], vdprev[Cell::kStates],
+        vdw[Cell::kDiagonals + 1];
+    load_all(vsaved, Cell::kSaved, saved, n, i);
+    load_all(vw, Cell::kDiagonals, w, n, i);
+    load_all(vprev, Cell::kStates, prev, n, i);
+    load_all(vstate, Cell::kStates, state, n, i);
+    load_all(vd, Cell::kStates, d_state, n, i);
+    Cell::backward(vsaved, vw, vprev, vstate, vd, vdx, vdh, vdprev, vdw);
+    if constexpr (kTwoProducts<Cell>) {
+      Vector<A> d_operand{};
+      for (int g = Cell::kFirstGates; g < Cell::kGates; ++g)
+        d_operand += Cell::kSumsGates ? vdx[g] : vdh[g];
+      Cell::operand_backward(vsaved, vprev, d_operand, vdx, vdh, vdprev);
     }
-    Cell::backward(vsaved, vprev, vstate, vd, vdx, vdh, vdprev);
-    for (int g = 0; g < Cell::kGates; ++g) {
-      store_partial(dx + g * n + i, vdx[g], n - i);
-      store_partial(dh + g * n + i, Cell::kSumsGates ? vdx[g] : vdh[g], n - i);
-    }
-    for (int s = 0; s < Cell::kStates; ++s) store_partial(d_prev + s * n + i, vdprev[s], n - i);
+    store_all(dx, Cell::kGates, vdx, n, i);
+    store_all(dh, Cell::kGates, Cell::kSumsGates ? vdx : vdh, n, i);
+    store_all(d_prev, Cell::kStates, vdprev, n, i);
+    store_all(dw, Cell::kDiagonals, vdw, n, i);
   }
 }
 
 template <class Cell>
 constexpr CellKernels kernels_of() {
   return {
-      {Cell::kName, Cell::kGates, Cell::kStates, Cell::kSaved},
+      info_of<Cell>(),
       {forward<Cell, float>, forward<Cell, double>, forward<Cell, BFloat16>,
        forward<Cell, Float16>},
       {backward<Cell, float>, backward<Cell, double>, backward<Cell, BFloat16>,
@@ -93,7 +109,7 @@ constexpr MathFunctions kMath[] = {
 
 void multiply(int64_t rows, int64_t K, int64_t columns, const float* a, const float* w,
               float* out) {
-  for_panels<float, 1>(0, columns, [&](int64_t column, int vectors) {
+  for_panels<float>(1, 0, columns, [&](int64_t column, int vectors) {
     for_row_tiles<float, Left::kRows, Right::kPanel>(
         rows, vectors, [&](int64_t m, int64_t, TileFunction<float> tile) {
           tile(K, a + m * K, K, w + column * K, 0, nullptr, 0, out + m * columns + column, columns);

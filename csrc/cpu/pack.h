@@ -9,15 +9,17 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-// Unit vectors in a panel of G gates: the gates of a unit stand side by side, so that the cell
-// finds them together.
-template <int G>
-constexpr int kPanelUnits = kMaxVectors / G > 0 ? kMaxVectors / G : 1;
+// Units in a panel of some gates: the gates of a unit stand side by side, so that the cell finds
+// them together.
+template <class A>
+constexpr int64_t panel_units(int gates) {
+  return kMaxVectors / gates * kLanes<A>;
+}
 
 // Calls body(first_unit, vectors) for the panels of units [begin, end).
-template <class A, int G, class Body>
-FUSED_RNN_INLINE void for_panels(int64_t begin, int64_t end, Body body) {
-  constexpr int64_t width = kPanelUnits<G> * kLanes<A>;
+template <class A, class Body>
+FUSED_RNN_INLINE void for_panels(int gates, int64_t begin, int64_t end, Body body) {
+  const int64_t width = panel_units<A>(gates);
   for (int64_t unit = begin; unit < end; unit += width)
     body(unit, int((end - unit < width ? end - unit : width) / kLanes<A>));
 }
@@ -35,17 +37,17 @@ struct PanelVector {
   }
 };
 
-// W[G*H, K], to be used as x W^T: dst[k, g, v, lane] = W[g*H + unit + v*L + lane, k].
-template <class S, int G>
-void pack_transposed(const S* w, int64_t H, int64_t K, int64_t unit, int vectors,
+// W[gates*H, K], to be used as x W^T: dst[k, g, v, lane] = W[g*H + unit + v*L + lane, k].
+template <class S>
+void pack_transposed(const S* w, int gates, int64_t H, int64_t K, int64_t unit, int vectors,
                      Accumulate<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   // Along K inside: the L rows are streams that the processor prefetches, and few enough not to
   // fight for cache sets where K is a power of two.
-  for (int g = 0; g < G; ++g)
+  for (int g = 0; g < gates; ++g)
     for (int v = 0; v < vectors; ++v) {
-      const PanelVector<A> out(dst, K, G * vectors, g * vectors + v);
+      const PanelVector<A> out(dst, K, gates * vectors, g * vectors + v);
       const int64_t first = unit + v * L;
       for (int64_t k = 0; k < K; k += L) {
         Vector<A> rows[L];
@@ -78,12 +80,12 @@ void pack_rows(const S* w, int64_t G, int64_t H, int64_t Hp, int64_t N, int64_t 
       }
 }
 
-// A vector of per-gate values [G*H] in the order of the panels; null gives zeros.
-template <class S, int G>
-void pack_bias(const S* bias, int64_t H, int64_t unit, int vectors, Accumulate<S>* dst) {
+// A vector of per-gate values [gates*H] in the order of the panels; null gives zeros.
+template <class S>
+void pack_bias(const S* bias, int gates, int64_t H, int64_t unit, int vectors, Accumulate<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  for (int g = 0; g < G; ++g)
+  for (int g = 0; g < gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t u = unit + v * L;
       store(dst, bias ? load_partial(bias + g * H + u, H - u) : Vector<A>{});
@@ -93,12 +95,13 @@ void pack_bias(const S* bias, int64_t H, int64_t unit, int vectors, Accumulate<S
 
 // out[m, g, v, lane] = a[m, :] . W[g*H + unit + v*L + lane, :] + add: x W^T from W as it is, for
 // few rows. Rows of W are contiguous in K, so each element is a dot product.
-template <class S, int G>
-void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, int64_t H,
-         int64_t unit, int vectors, const Accumulate<S>* add, Accumulate<S>* out, int64_t ldo) {
+template <class S>
+void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, int gates,
+         int64_t H, int64_t unit, int vectors, const Accumulate<S>* add, Accumulate<S>* out,
+         int64_t ldo) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  for (int g = 0; g < G; ++g)
+  for (int g = 0; g < gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t first = unit + v * L;
       const int64_t valid = H - first < L ? H - first : L;

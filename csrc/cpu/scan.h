@@ -1,6 +1,7 @@
 // What the forward and the backward scan share: memory, members of a team, rows of sequences.
 #pragma once
 
+#include "cell_rows.h"
 #include "pack.h"
 #include "strategy.h"
 #include "team.h"
@@ -9,9 +10,8 @@ namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
 // Values kept per unit and row: the states, what the cell saves, and with a projection the cell's
 // own output (the state h is then what it was projected to).
-template <class Cell>
-int64_t saved_slots(const Stack& stack) {
-  return Cell::kStates + Cell::kSaved + (stack.projected() ? 1 : 0);
+inline int64_t saved_slots(const CellInfo& cell, const Stack& stack) {
+  return cell.states + cell.saved + (stack.projected() ? 1 : 0);
 }
 
 // Hands out pieces of one block, null for nothing. Laid out once without memory to learn the size,
@@ -45,13 +45,14 @@ struct Member {
 template <class Problem>
 class Scan {
  protected:
-  Scan(const Problem& problem, const Plan& plan, int64_t slots)
-      : p_(problem),
+  Scan(const CellInfo& cell, const Problem& problem, const Plan& plan)
+      : info_(cell),
+        p_(problem),
         plan_(plan),
         steps_(problem.steps),
         Hp_(pad_units(problem.H)),
         Rp_(pad_units(problem.R)),
-        slots_(slots),
+        slots_(saved_slots(cell, problem)),
         widest_(problem.layers > 1 && problem.dirs * problem.R > problem.I
                     ? problem.dirs * problem.R
                     : problem.I),
@@ -167,6 +168,27 @@ class Scan {
     return {members[0].rows.begin, members[size - 1].rows.end};
   }
 
+  // Whether a new sequence begins, walking in direction d, with step t of sequence b: it is then
+  // given an initial state. In the second direction that is the last step before a reset.
+  bool begins(int64_t d, int64_t t, int64_t b) const {
+    if (d == 1 && ++t >= steps_.length(b)) return false;
+    return p_.reset.data && static_cast<const uint8_t*>(p_.reset.data)[p_.reset.at(steps_, t, b)];
+  }
+
+  bool has_c() const { return info_.states > 1; }
+
+  // Of a member's units those that it holds of h: with a projection, all that h has.
+  Range units_of_h(Range units) const { return p_.projected() ? Range{0, Rp_} : units; }
+
+  // W's diagonals [P*H] in the padding of our buffers, [P, Hp].
+  template <class S, class A>
+  void copy_diagonals(const S* diag, Range units, A* to) const {
+    for (int p = 0; p < info_.diagonals; ++p)
+      for (int64_t u = units.begin; u < units.end; u += kLanes<A>)
+        store(to + p * Hp_ + u, load_partial(diag + p * p_.H + u, p_.H - u));
+  }
+
+  const CellInfo& info_;
   const Problem& p_;
   const Plan plan_;
   const Steps& steps_;
@@ -185,9 +207,7 @@ class Scan {
 
 template <class S>
 FUSED_RNN_INLINE S* row_of(const Sequence& sequence, const Steps& steps, int64_t t, int64_t b) {
-  S* data = static_cast<S*>(sequence.data);
-  return steps.offsets ? data + (steps.offsets[t] + b) * sequence.stride_b
-                       : data + t * sequence.stride_t + b * sequence.stride_b;
+  return static_cast<S*>(sequence.data) + sequence.at(steps, t, b);
 }
 
 // dst[0, n) = src[0, n), zeros up to padded.

@@ -55,13 +55,15 @@ struct Question {
   double step_us;      // one step of one direction on one thread
   double all_us;       // the whole stack on one thread
 
-  Question(const Stack& s, int64_t gates, int in_all, double passes)
+  Question(const Stack& s, const CellInfo& cell, int in_all, double passes)
       : stack(s),
         threads(std::max(1, in_all / int(s.dirs))),
         unit_parts(pad_units(s.H) / kUnitPad) {
-    const double weights = double(gates * s.H) * double(s.R + s.input_size(s.layers - 1));
+    const int64_t recurrent = cell.recurrent ? s.R : 1;
+    const double weights =
+        double(cell.gates * s.H) * double(recurrent + s.input_size(s.layers - 1));
     const double rows = double(s.steps.N) / double(std::max<int64_t>(s.steps.T, 1));
-    const double streamed = 4.0 * double(gates * s.H * s.R);  // W_hh, whatever the rows
+    const double streamed = 4.0 * double(cell.gates * s.H * recurrent);  // W_hh, whatever the rows
     step_us = passes * std::max(2.0 * weights * rows / kFlopsPerMicrosecond,
                                 streamed / kBytesPerMicrosecond);
     all_us = step_us * double(s.steps.T * s.layers * s.dirs);
@@ -110,9 +112,9 @@ constexpr const char* kReasons[kSplits] = {
     "each thread has units of its own, with a barrier per step",
     "each thread has layers of its own, a chunk of steps behind the one below"};
 
-Plan choose(const Stack& s, int64_t gates, const Machine& machine, double passes) {
+Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double passes) {
   const int threads = machine.busy ? 1 : machine.threads;
-  const Question question(s, gates, threads, passes);
+  const Question question(s, cell, threads, passes);
   Plan plan;
   const auto take = [&](Split split, const char* reason) {
     plan.split = split;
@@ -163,7 +165,8 @@ bool worth_packing(int64_t elements, int64_t rows, const Machine& machine) {
   return rows >= (4 * elements > machine.l2 ? kRowsWorthPackingLarge : kRowsWorthPacking);
 }
 
-void choose_packing(const Stack& s, int64_t gates, const Machine& machine, Plan& plan) {
+void choose_packing(const Stack& s, const CellInfo& cell, const Machine& machine, Plan& plan) {
+  const int64_t gates = cell.gates;
   plan.pack_ih = worth_packing(gates * s.H * s.input_size(s.layers - 1), s.steps.N, machine);
   plan.pack_hh = worth_packing(gates * s.H * s.R, s.steps.N, machine);
 }
@@ -200,12 +203,12 @@ void force_split(const Split* split) {
   forced_split.store(split ? int(*split) : -1, std::memory_order_relaxed);
 }
 
-Plan plan_forward(const Stack& stack, int64_t gates, const Machine& machine) {
-  Plan plan = choose(stack, gates, machine, 1.0);
-  choose_packing(stack, gates, machine, plan);
+Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machine) {
+  Plan plan = choose(stack, cell, machine, 1.0);
+  choose_packing(stack, cell, machine, plan);
   const int64_t B = stack.steps.B, T = stack.steps.T;
   if (B == 1) {
-    const int64_t bytes = 4 * gates * stack.H * stack.R;
+    const int64_t bytes = 4 * cell.gates * stack.H * stack.R;
     plan.pack_hh = T >= kStepsWorthPacking && bytes < machine.l3 / 2;
   }
   int64_t rows = B;
@@ -219,9 +222,9 @@ Plan plan_forward(const Stack& stack, int64_t gates, const Machine& machine) {
   return plan;
 }
 
-Plan plan_backward(const Stack& stack, int64_t gates, const Machine& machine) {
-  Plan plan = choose(stack, gates, machine, 2.0);
-  choose_packing(stack, gates, machine, plan);
+Plan plan_backward(const Stack& stack, const CellInfo& cell, const Machine& machine) {
+  Plan plan = choose(stack, cell, machine, 2.0);
+  choose_packing(stack, cell, machine, plan);
   plan.blocks = int(std::max<int64_t>(1, ceil_div(stack.steps.B, kBackwardRows)));
   plan.chunk_steps =
       chunk_steps(stack.steps.T, ceil_div(stack.steps.B, plan.blocks), kBackwardRows);

@@ -46,10 +46,9 @@ struct Plan {
   bool possible = true;
 };
 
-// `gates` counts rows of weight_hh per unit.
-Plan plan_forward(const Stack& stack, int64_t gates, const Machine& machine);
+Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machine);
 // What is summed over time does not depend on the number of threads.
-Plan plan_backward(const Stack& stack, int64_t gates, const Machine& machine);
+Plan plan_backward(const Stack& stack, const CellInfo& cell, const Machine& machine);
 
 struct Range {
   int64_t begin;

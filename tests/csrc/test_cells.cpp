@@ -18,12 +18,34 @@ template <class C, class V>
 struct Unit {
   // kSaved may be 0, an array may not.
   static constexpr int kSavedRoom = C::kSaved + 1;
-  V x[C::kGates], h[C::kGates], prev[C::kStates], d_state[C::kStates];
+  static constexpr int kDiagonalRoom = C::kDiagonals + 1;
+  V x[C::kGates], h[C::kGates], w[kDiagonalRoom], prev[C::kStates], d_state[C::kStates];
   V state[C::kStates], saved[kSavedRoom];
-  V dx[C::kGates], dh[C::kGates], d_prev[C::kStates];
+  V dx[C::kGates], dh[C::kGates], d_prev[C::kStates], dw[kDiagonalRoom];
 
-  void forward() { C::forward(x, h, prev, state, saved); }
-  void backward() { C::backward(saved, prev, state, d_state, dx, dh, d_prev); }
+  // The matrix of a second product is taken for one: h is what is added to the operand.
+  void forward() { forward(prev, state); }
+  void forward(const V* before, V* after) {
+    V gates_x[C::kGates], gates_h[C::kGates];
+    for (int g = 0; g < C::kGates; ++g) {
+      gates_x[g] = x[g];
+      gates_h[g] = h[g];
+    }
+    if constexpr (kTwoProducts<C>) {
+      const V operand = C::operand(x, h, before, gates_x);
+      for (int g = C::kFirstGates; g < C::kGates; ++g) gates_h[g] += operand;
+    }
+    C::forward(gates_x, gates_h, w, before, after, saved);
+  }
+  void backward() { backward(d_state, d_prev); }
+  void backward(const V* d_after, V* d_before) {
+    C::backward(saved, w, prev, state, d_after, dx, dh, d_before, dw);
+    if constexpr (kTwoProducts<C>) {
+      V d_operand{};
+      for (int g = C::kFirstGates; g < C::kGates; ++g) d_operand += C::kSumsGates ? dx[g] : dh[g];
+      C::operand_backward(saved, prev, d_operand, dx, dh, d_before);
+    }
+  }
 };
 
 // Every value of a Unit seen as an array of E, lane by lane within each V.
@@ -37,7 +59,7 @@ Unit<C, V> draw(std::mt19937_64& random, E scale) {
   std::normal_distribution<E> normal(0, scale);
   Unit<C, V> unit;
   constexpr size_t kCount = sizeof(unit) / sizeof(E);
-  constexpr size_t kInputs = (2 * C::kGates + 2 * C::kStates) * sizeof(V) / sizeof(E);
+  constexpr size_t kInputs = (2 * C::kGates + 2 * C::kStates + C::kDiagonals + 1) * sizeof(V) / sizeof(E);
   E* values = elements<E>(unit);
   for (size_t i = 0; i < kCount; ++i) {
     values[i] = i < kInputs ? normal(random) : std::numeric_limits<E>::quiet_NaN();
@@ -83,6 +105,8 @@ void backward_is_the_derivative() {
       check::that(C::kSumsGates == std::isnan(unit.dh[g]), "%s writes dh[%d]", C::kName, g);
     }
     for (int s = 0; s < C::kStates; ++s) agree("d_prev", s, unit.d_prev[s], unit.prev[s]);
+    for (int p = 0; p < C::kDiagonals; ++p) agree("dw", p, unit.dw[p], unit.w[p]);
+    check::that(std::isnan(unit.dw[C::kDiagonals]), "%s writes behind dw", C::kName);
     check::that(std::isnan(unit.saved[C::kSaved]), "%s writes behind saved", C::kName);
   }
 }
@@ -124,12 +148,15 @@ void results_may_overwrite_arguments() {
   Unit<C, double> shared = apart;
   apart.forward();
   apart.backward();
-  C::forward(shared.x, shared.h, shared.prev, shared.prev, shared.saved);
+  shared.forward(shared.prev, shared.prev);
   for (int s = 0; s < C::kStates; ++s) {
     check::that(check::same_bits(shared.prev[s], apart.state[s]), "%s state[%d]", C::kName, s);
   }
-  C::backward(apart.saved, apart.prev, apart.state, shared.d_state, shared.dx, shared.dh,
-              shared.d_state);
+  for (int s = 0; s < C::kStates; ++s) {
+    shared.prev[s] = apart.prev[s];
+    shared.state[s] = apart.state[s];
+  }
+  shared.backward(shared.d_state, shared.d_state);
   for (int s = 0; s < C::kStates; ++s) {
     check::that(check::same_bits(shared.d_state[s], apart.d_prev[s]), "%s d_prev[%d]", C::kName, s);
   }
