@@ -94,13 +94,19 @@ def rnn(
     """
     if batch_sizes is not None:
         batch_first = False
-    call = _Call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first)
-    route = _route(call)
+    # Nameless until names are needed: a _Call costs a microsecond, a small fused call takes 15.
+    call = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
+    route = _route(*call)
     if route == "torch":
-        return _torch(call, dropout, training)
+        return _torch(_Call(*call), dropout, training)
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if torch.is_autocast_enabled("cpu"):
+    autocast = torch.is_autocast_enabled("cpu")
+    drops = training and dropout > 0.0 and num_layers > 1
+    if route == "fused" and not autocast and not drops:
+        return _fused(*call)
+    named = _Call(*call)
+    if autocast:
         # As torch: the products are autocast, and rnn, which is little else; of the others what
         # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection).
         low = torch.get_autocast_dtype("cpu")
@@ -108,12 +114,10 @@ def rnn(
         onednn = cell == "lstm" and batch_sizes is None and bfloat16
         projected = len(weights) // (num_layers * (2 if bidirectional else 1)) % 2 == 1
         whole = cell.startswith("rnn") or onednn or projected
-        call = _autocast(call, low if whole else None)
+        named = _autocast(named, low if whole else None)
     if route == "reference":
-        return _reference(call, dropout, training)
-    if training and dropout > 0.0 and num_layers > 1:
-        return _fused_with_dropout(call, dropout)
-    return _fused(call)
+        return _reference(named, dropout, training)
+    return _fused_with_dropout(named, dropout) if drops else _fused(*named)
 
 
 def step(
@@ -131,13 +135,13 @@ def step(
     input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent.
     """
     weights = [weight_ih, weight_hh]
-    if bias_ih is not None or bias_hh is not None:
-        weights += [
-            weight_hh.new_zeros(weight_hh.shape[0]) if bias is None else bias
-            for bias in (bias_ih, bias_hh)
-        ]
-    call = _Call(cell, input, None, h, c, weights, 1, False, False)
-    route = _route(call)
+    if bias_ih is not None and bias_hh is not None:
+        weights += bias_ih, bias_hh
+    elif bias_ih is not None or bias_hh is not None:
+        zeros = weight_hh.new_zeros(weight_hh.shape[0])
+        weights += zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh
+    call = cell, input, None, h, c, weights, 1, False, False
+    route = _route(*call)
     if route == "torch":
         size = (input.shape[0], weight_hh.shape[1])
         hx = [input.new_zeros(size) if state is None else state for state in (h, c)]
@@ -146,24 +150,40 @@ def step(
             after: tuple[Tensor, Tensor] = run(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
             return after
         return run(input, hx[0], weight_ih, weight_hh, bias_ih, bias_hh), None
-    if torch.is_autocast_enabled("cpu"):
+    autocast = torch.is_autocast_enabled("cpu")
+    if route == "fused" and not autocast:
+        output, _, c_n = _fused(*call)
+        return output, c_n
+    named = _Call(*call)
+    if autocast:
         low = torch.get_autocast_dtype("cpu")
-        call = _autocast(call, low if cell.startswith("rnn") else None)
-    output, _, c_n = _fused(call) if route == "fused" else _reference(call)
+        named = _autocast(named, low if cell.startswith("rnn") else None)
+    output, _, c_n = _fused(*named) if route == "fused" else _reference(named)
     return output, c_n
 
 
-def _route(call: _Call) -> str:
+def _route(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *options: Any,
+) -> str:
     compiling = torch.compiler.is_compiling()
-    tensors = [call.input, *call.weights]
-    tensors += [state for state in (call.h0, call.c0) if state is not None]
+    tensors = [input, *weights]
+    if h0 is not None:
+        tensors.append(h0)
+    if c0 is not None:
+        tensors.append(c0)
     route, reason = _choose(tensors, compiling)
-    if route == "torch" and not hasattr(_VF, call.cell):
+    if route == "torch" and not hasattr(_VF, cell):
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%s: %s%s", call.cell, route, reason and f", because {reason}")
+        _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
         if route == "fused":
-            _log_strategy(call)
+            _log_strategy(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
     return route
 
 
@@ -215,7 +235,7 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
             return "torch", f"there are no kernels for {tensor.device.type}"
     if tensors[0].dtype not in _FUSED_DTYPES:
         return "torch", f"there are no kernels for {tensors[0].dtype}"
-    if not (tensors[0].shape[-1] and tensors[1].shape[0]):
+    if not tensors[1].numel():  # weight_ih [G*H, I]
         return "torch", "there are no kernels for layers without features or without units"
     if not ops.available:
         return "torch", str(ops.unavailable_reason)
@@ -246,25 +266,32 @@ def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
     )
 
 
-def _fused(call: _Call) -> Result:
-    has_c = reference.CELLS[call.cell].states > 1
+def _fused(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *options: Any,
+) -> Result:
+    has_c = reference.CELLS[cell].states > 1
     # An exported graph holds nothing but the op: what backward needs would be computed in vain.
     if (
         torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
         and (
-            call.input.requires_grad
-            or any(weight.requires_grad for weight in call.weights)
-            or (call.h0 is not None and call.h0.requires_grad)
-            or (call.c0 is not None and call.c0.requires_grad)
+            input.requires_grad
+            or any(weight.requires_grad for weight in weights)
+            or (h0 is not None and h0.requires_grad)
+            or (c0 is not None and c0.requires_grad)
         )
     ):
-        cell, input, batch_sizes, h0, c0, weights, *options = call
         output, h_n, *c_n = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
             cell, *options, input, batch_sizes, h0, c0, *weights
         )
         return output, h_n, c_n[0] if has_c else None
-    output, h_n, c_n = ops.inference(*call)
+    output, h_n, c_n = ops.inference(cell, input, batch_sizes, h0, c0, weights, *options)
     return output, h_n, c_n if has_c else None
 
 
@@ -286,7 +313,7 @@ def _fused_with_dropout(call: _Call, dropout: float) -> Result:
             num_layers=1,
             batch_first=batch_first,
         )
-        results.append(_fused(one))
+        results.append(_fused(*one))
         if layer < last:
             x = F.dropout(results[-1][0], dropout)
     outputs, h_n, c_n = zip(*results, strict=True)
