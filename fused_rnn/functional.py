@@ -71,20 +71,30 @@ def rnn(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_to_initial: bool = False,
     dropout: float = 0.0,
     training: bool = False,
 ) -> Result:
     """A stack of recurrent layers over a batch of sequences.
 
     Args:
-        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        cell: a key of `reference.CELLS`: "lstm", "peephole_lstm", "gru" ...
         input: [T, B, I], [B, T, I] with `batch_first`, [N, I] with `batch_sizes`.
         batch_sizes: [T] int64 on the CPU, how many sequences are active at every step, as in
             PackedSequence; `batch_first` is then ignored.
         h0: [L*D, B, R], zeros if None; L layers, D directions, R = proj_size or H.
-        c0: [L*D, B, H], zeros if None; for "lstm" only.
+        c0: [L*D, B, H], zeros if None; for cells that have c.
         weights: torch's flat order, `weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]` by
-            layer and direction.
+            layer and direction, and for cells with peepholes `weight_ch` at the end of each.
+        lengths: [B], how many steps of a padded batch each sequence has, from 0 to T. Output
+            beyond is zero, final states are those at the length, and the second direction starts
+            there.
+        reset: [T, B], [B, T] or [N] like the input, bool or anything else where not 0 is true: a
+            new sequence begins with this step. The state before it is zero, and the second
+            direction, too, sees nothing of what lies beyond.
+        reset_to_initial: new sequences begin with h0 and c0 instead of zeros.
         dropout: probability of a zero between layers when `training`; the masks are those of
             `F.dropout` on the time-major output of the layer below.
 
@@ -97,26 +107,34 @@ def rnn(
     """
     if batch_sizes is not None:
         batch_first = False
-    call = _Call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first)
-    route = _route(call)
+    # Nameless until names are needed: a _Call costs a microsecond, a small fused call takes 15.
+    call: Any = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
+    if lengths is not None or reset is not None:
+        lengths, reset = _controls(input, batch_sizes, batch_first, lengths, reset)
+        call = *call, lengths, reset, reset_to_initial
+    route = _route(*call)
     if route == "torch":
-        return _torch(call, dropout, training)
+        return _torch(_Call(*call), dropout, training)
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if torch.is_autocast_enabled("cpu"):
+    autocast = torch.is_autocast_enabled("cpu")
+    drops = training and dropout > 0.0 and num_layers > 1
+    if route == "fused" and not autocast and not drops:
+        return _fused(*call)
+    named = _Call(*call)
+    if autocast:
         # As torch: the products are autocast, and rnn, which is little else; of the others what
         # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection).
         low = torch.get_autocast_dtype("cpu")
         bfloat16 = low == torch.bfloat16 and _ONEDNN_BFLOAT16
         onednn = cell == "lstm" and batch_sizes is None and bfloat16
-        projected = len(weights) // (num_layers * (2 if bidirectional else 1)) % 2 == 1
+        scans = num_layers * (2 if bidirectional else 1)
+        projected = reference.split_weights(cell, weights, scans)[0].hr is not None
         whole = cell.startswith("rnn") or onednn or projected
-        call = _autocast(call, low if whole else None)
+        named = _autocast(named, low if whole else None)
     if route == "reference":
-        return _reference(call, dropout, training)
-    if training and dropout > 0.0 and num_layers > 1:
-        return _fused_with_dropout(call, dropout)
-    return _fused(call)
+        return _reference(named, dropout, training)
+    return _fused_with_dropout(named, dropout) if drops else _fused(*named)
 
 
 def step(
@@ -128,19 +146,22 @@ def step(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
+    weight_ch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One time step of one layer: the states (h, c) after it, None for c in cells without.
 
     input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent.
     """
     weights = [weight_ih, weight_hh]
-    if bias_ih is not None or bias_hh is not None:
-        weights += [
-            weight_hh.new_zeros(weight_hh.shape[0]) if bias is None else bias
-            for bias in (bias_ih, bias_hh)
-        ]
-    call = _Call(cell, input, None, h, c, weights, 1, False, False)
-    route = _route(call)
+    if bias_ih is not None and bias_hh is not None:
+        weights += bias_ih, bias_hh
+    elif bias_ih is not None or bias_hh is not None:
+        zeros = weight_hh.new_zeros(weight_hh.shape[0])
+        weights += zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh
+    if weight_ch is not None:
+        weights.append(weight_ch)
+    call = cell, input, None, h, c, weights, 1, False, False
+    route = _route(*call)
     if route == "torch":
         size = (input.shape[0], weight_hh.shape[1])
         hx = [input.new_zeros(size) if state is None else state for state in (h, c)]
@@ -149,24 +170,69 @@ def step(
             after: tuple[Tensor, Tensor] = run(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
             return after
         return run(input, hx[0], weight_ih, weight_hh, bias_ih, bias_hh), None
-    if torch.is_autocast_enabled("cpu"):
+    autocast = torch.is_autocast_enabled("cpu")
+    if route == "fused" and not autocast:
+        output, _, c_n = _fused(*call)
+        return output, c_n
+    named = _Call(*call)
+    if autocast:
         low = torch.get_autocast_dtype("cpu")
-        call = _autocast(call, low if cell.startswith("rnn") else None)
-    output, _, c_n = _fused(call) if route == "fused" else _reference(call)
+        named = _autocast(named, low if cell.startswith("rnn") else None)
+    output, _, c_n = _fused(*named) if route == "fused" else _reference(named)
     return output, c_n
 
 
-def _route(call: _Call) -> str:
+def _controls(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`lengths` and `reset` as the ops take them."""
+    if lengths is not None:
+        if batch_sizes is not None:
+            raise ValueError("lengths belong to a padded input, got a packed one")
+        B = input.shape[0 if batch_first else 1]
+        if lengths.dim() != 1 or lengths.shape[0] != B:
+            raise RuntimeError(f"lengths must have shape [B] = ({B},), got {tuple(lengths.shape)}")
+        if lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        lengths = lengths.to("cpu", torch.int64)
+    if reset is not None:
+        if reset.shape != input.shape[:-1]:
+            name = "N" if batch_sizes is not None else "B, T" if batch_first else "T, B"
+            raise RuntimeError(
+                f"reset must have shape [{name}] = {tuple(input.shape[:-1])}, "
+                f"got {tuple(reset.shape)}"
+            )
+        reset = reset.to(input.device, torch.bool)
+    return lengths, reset
+
+
+def _route(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *options: Any,
+) -> str:
     compiling = torch.compiler.is_compiling()
-    tensors = [call.input, *call.weights]
-    tensors += [state for state in (call.h0, call.c0) if state is not None]
+    tensors = [input, *weights]
+    if h0 is not None:
+        tensors.append(h0)
+    if c0 is not None:
+        tensors.append(c0)
     route, reason = _choose(tensors, compiling)
-    if route == "torch" and not hasattr(_VF, call.cell):
+    controlled = len(options) > 3 and (options[3] is not None or options[4] is not None)
+    if route == "torch" and (controlled or not hasattr(_VF, cell)):
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%s: %s%s", call.cell, route, reason and f", because {reason}")
+        _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
         if route == "fused":
-            _log_strategy(call)
+            _log_strategy(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
     return route
 
 
@@ -175,21 +241,24 @@ def _log_strategy(call: _Call) -> None:
 
     directions = 2 if call.bidirectional else 1
     weights = reference.split_weights(call.cell, call.weights, call.num_layers * directions)[0]
+    rows = 0
     if call.batch_sizes is not None:
+        rows = call.input.shape[0]
         T, B = len(call.batch_sizes), int(call.batch_sizes[0])
     elif call.input.dim() == 2:
         T, B = 1, call.input.shape[0]
     else:
         B, T = call.input.shape[:2] if call.batch_first else call.input.shape[1::-1]
-    I = call.input.shape[-1]
-    H = weights.units
+    if call.lengths is not None:
+        T, rows = int(call.lengths.max()), int(call.lengths.sum())
+    I, H = call.input.shape[-1], weights.units
     for backward in (False, True) if torch.is_grad_enabled() else (False,):
         plan = _C.strategy(
             *(call.cell, T, B, I, H),
             proj=0 if weights.hr is None else weights.hr.shape[0],
             layers=call.num_layers,
             directions=directions,
-            rows=call.input.shape[0] if call.batch_sizes is not None else 0,
+            rows=rows,
             threads=torch.get_num_threads(),
             backward=backward,
             busy=torch.get_num_threads() > 1 and _C.busy(),
@@ -218,7 +287,7 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
             return "torch", f"there are no kernels for {tensor.device.type}"
     if tensors[0].dtype not in _FUSED_DTYPES:
         return "torch", f"there are no kernels for {tensors[0].dtype}"
-    if not (tensors[0].shape[-1] and tensors[1].shape[0]):
+    if not tensors[1].numel():  # weight_ih [G*H, I]
         return "torch", "there are no kernels for layers without features or without units"
     if not ops.available:
         return "torch", str(ops.unavailable_reason)
@@ -249,26 +318,42 @@ def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
     )
 
 
-def _fused(call: _Call) -> Result:
-    has_c = reference.CELLS[call.cell].states > 1
+def _fused(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_to_initial: bool = False,
+) -> Result:
+    has_c = reference.CELLS[cell].states > 1
     # An exported graph holds nothing but the op: what backward needs would be computed in vain.
     if (
         torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
         and (
-            call.input.requires_grad
-            or any(weight.requires_grad for weight in call.weights)
-            or (call.h0 is not None and call.h0.requires_grad)
-            or (call.c0 is not None and call.c0.requires_grad)
+            input.requires_grad
+            or any(weight.requires_grad for weight in weights)
+            or (h0 is not None and h0.requires_grad)
+            or (c0 is not None and c0.requires_grad)
         )
     ):
-        cell, input, batch_sizes, h0, c0, weights, *options = call
         output, h_n, *c_n = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
-            cell, *options, input, batch_sizes, h0, c0, *weights
+            *(cell, num_layers, bidirectional, batch_first, lengths, reset, reset_to_initial),
+            *(input, batch_sizes, h0, c0, *weights),
         )
         return output, h_n, c_n[0] if has_c else None
-    plain = call.lengths is None and call.reset is None
-    output, h_n, c_n = ops.inference(*(call[:9] if plain else call))
+    options = num_layers, bidirectional, batch_first
+    controls = ops.given_controls(lengths, reset, reset_to_initial)
+    output, h_n, c_n = ops.inference(
+        cell, input, batch_sizes, h0, c0, weights, *options, *controls
+    )
     return output, h_n, c_n if has_c else None
 
 
@@ -277,6 +362,7 @@ def _fused_with_dropout(call: _Call, dropout: float) -> Result:
     directions = 2 if call.bidirectional else 1
     count = len(call.weights) // call.num_layers
     x = call.input.transpose(0, 1) if call.batch_first else call.input
+    reset = call.reset
     last = call.num_layers - 1
     results = []
     for layer in range(call.num_layers):
@@ -289,8 +375,9 @@ def _fused_with_dropout(call: _Call, dropout: float) -> Result:
             weights=call.weights[layer * count : (layer + 1) * count],
             num_layers=1,
             batch_first=batch_first,
+            reset=reset.t() if reset is not None and call.batch_first != batch_first else reset,
         )
-        results.append(_fused(one))
+        results.append(_fused(*one))
         if layer < last:
             x = F.dropout(results[-1][0], dropout)
     outputs, h_n, c_n = zip(*results, strict=True)

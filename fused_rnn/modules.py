@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
@@ -33,11 +35,6 @@ class _Twin(nn.Module):
         twin: nn.Module = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return to_torch(twin, report=lambda name, outcome: None)
-
-    def _tensor(self, name: str) -> Any:
-        """The parameter, or what a parametrization, pruning or a replica has in its place."""
-        parameter = self._parameters.get(name)  # much faster than getattr
-        return getattr(self, name) if parameter is None else parameter
 
 
 def mark_as_leaf(module: nn.Module) -> None:
@@ -78,10 +75,14 @@ class _Layer(_Twin, nn.RNNBase):
     def _run(self, input: Any, hx: Any) -> tuple[Any, Tensor, Tensor | None]:
         """(output, h_n, c_n), after torch's checks in torch's order."""
         weights = []
+        parameters = self._parameters
         for name in self._flat_weights_names:
-            weights.append(self._tensor(name))
-            if weights[-1] is None:
-                raise TypeError(f"{name} must be a Tensor, got None")
+            weight: Any = parameters.get(name)  # much faster than getattr
+            if weight is None:  # a parametrization, pruning or a replica has it elsewhere
+                weight = getattr(self, name)
+                if weight is None:
+                    raise TypeError(f"{name} must be a Tensor, got None")
+            weights.append(weight)
 
         states: tuple[Tensor, ...] | None = None
         batch_dim = 0 if self.batch_first else 1
@@ -119,7 +120,8 @@ class _Layer(_Twin, nn.RNNBase):
             # To a compiler batch_sizes is data: the op will check.
             if not (packed and torch.compiler.is_compiling()):
                 self._check_sizes(states, self.get_expected_hidden_size(data, batch_sizes))
-            h0, c0 = (*states, None)[:2]
+            h0 = states[0]
+            c0 = states[1] if len(states) > 1 else None
 
         output: Any
         output, h_n, c_n = functional.rnn(
@@ -246,9 +248,9 @@ class LSTM(_Layer):
             )
 
     def _check_sizes(self, states: tuple[Tensor, ...], expected: tuple[int, int, int]) -> None:
-        message = "Expected hidden[{}] size {{}}, got {{}}"
-        self.check_hidden_size(states[0], expected, message.format(0))
-        self.check_hidden_size(states[1], (*expected[:2], self.hidden_size), message.format(1))
+        self.check_hidden_size(states[0], expected, "Expected hidden[0] size {}, got {}")
+        expected = (*expected[:2], self.hidden_size)
+        self.check_hidden_size(states[1], expected, "Expected hidden[1] size {}, got {}")
         if len(states) != 2:
             raise RuntimeError("lstm expects two hidden states")
 
@@ -395,9 +397,15 @@ def _refuse_projection(kwargs: dict[str, Any]) -> None:
 class _Cell(_Twin, nn.RNNCellBase):
     """What the cells share: checks and the step."""
 
-    def _check_dims(self, name: str, input: Tensor, states: dict[str, Tensor]) -> None:
-        for what, tensor in ({"input": input} | states).items():
+    def _tensor(self, name: str) -> Any:
+        """The parameter, or what a parametrization, pruning or a replica has in its place."""
+        parameter = self._parameters.get(name)  # much faster than getattr
+        return getattr(self, name) if parameter is None else parameter
+
+    def _check_dims(self, name: str, input: Tensor, states: Iterable[Tensor], label: str) -> None:
+        for k, tensor in enumerate(chain((input,), states)):
             if tensor.dim() not in (1, 2):
+                what = label.format(k - 1) if k else "input"
                 raise ValueError(
                     f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead"
                 )
@@ -471,7 +479,7 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         states: Any = () if hx is None else hx
-        self._check_dims("LSTMCell", input, {f"hx[{k}]": s for k, s in enumerate(states)})
+        self._check_dims("LSTMCell", input, states, "hx[{}]")
         if isinstance(states, Tensor):
             raise TypeError(
                 "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
@@ -510,8 +518,9 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        self._check_dims("GRUCell", input, {} if hx is None else {"hidden": hx})
-        h, _ = self._run("gru", input, *(() if hx is None else (hx,)))
+        states = () if hx is None else (hx,)
+        self._check_dims("GRUCell", input, states, "hidden")
+        h, _ = self._run("gru", input, *states)
         return h
 
 
@@ -547,8 +556,9 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        self._check_dims("RNNCell", input, {} if hx is None else {"hidden": hx})
+        states = () if hx is None else (hx,)
+        self._check_dims("RNNCell", input, states, "hidden")
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        h, _ = self._run(f"rnn_{self.nonlinearity}", input, *(() if hx is None else (hx,)))
+        h, _ = self._run(f"rnn_{self.nonlinearity}", input, *states)
         return h

@@ -45,9 +45,11 @@ _backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
-_is_key_included: Callable[[str], bool] = getattr(
+_is_key_included: Callable[[Any], bool] = getattr(
     torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False
 )
+# Asked for by its name, a key is parsed every time, for 10 us.
+_VMAP_MODE = getattr(torch._C, "_dispatch_key_parse", lambda name: name)("VmapMode")
 
 
 def empty_cache() -> None:
@@ -95,7 +97,8 @@ class RNNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[7:]
-        if all(d is None for d in d_outputs):
+        d_output, d_h_n, d_c_n = d_outputs if len(d_outputs) == 3 else (*d_outputs, None)
+        if d_output is None and d_h_n is None and d_c_n is None:
             return (None,) * (7 + len(needs))
         input, batch_sizes, h0, c0, lengths, reset, saved, *weights = ctx.saved_tensors
         controls = given_controls(lengths, reset, ctx.reset_to_initial)
@@ -103,13 +106,12 @@ class RNNFunction(torch.autograd.Function):
         # autograd.grad(is_grads_batched=True) only. The op has neither a derivative nor a batching
         # rule, the reference has both.
         if not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or transforms_active() or _is_key_included("VmapMode")
+            torch.is_grad_enabled() or transforms_active() or _is_key_included(_VMAP_MODE)
         ):
             tensors = [input, batch_sizes, h0, c0, *weights]
             return (None,) * 7 + _differentiable_backward(
                 ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
-        d_output, d_h_n, d_c_n = d_outputs if len(d_outputs) == 3 else (*d_outputs, None)
         need_input, _, need_h0, need_c0, *need_weights = needs
         d_input, d_h0, d_c0, d_weights = _backward(
             ctx.cell,
@@ -121,7 +123,7 @@ class RNNFunction(torch.autograd.Function):
         )
         gradients = (d_input, None, d_h0, d_c0, *d_weights)
         return (None,) * 7 + tuple(
-            d if need else None for d, need in zip(gradients, needs, strict=True)
+            [d if need else None for d, need in zip(gradients, needs, strict=True)]
         )
 
 

@@ -14,6 +14,7 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -25,6 +26,7 @@
 namespace fused_rnn {
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
@@ -161,9 +163,10 @@ class Call {
     if (lengths) read_lengths(*lengths, batch_sizes);
     read_weights(weights);
 
-    input_ = with_contiguous_features(input);
-    stack.input = sequence(input_);
-    if (reset) read_reset(*reset, reset_to_initial);
+    const Tensor features = with_contiguous_features(input);
+    keep(features);
+    stack.input = sequence(features);
+    if (reset) read_reset(input, *reset, reset_to_initial);
     if (h0)
       stack.h0 = keep(checked_contiguous(
           *h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]", h_shape(), type));
@@ -209,7 +212,7 @@ class Call {
     if (bytes < kWorthKeeping && of == type) return empty(shape);
     const Shape strides = shape.contiguous_strides();
     return torch::stable::from_blob(take_block(bytes, Use::kTensor), {shape.data(), shape.size()},
-                                    {strides.data(), strides.size()}, input_.device(), of,
+                                    {strides.data(), strides.size()}, DeviceType::CPU, of,
                                     &give_block);
   }
   // The state of a batch without steps, which is what it was: `to` becomes `from`, or zeros.
@@ -394,11 +397,11 @@ class Call {
     if (!std::is_sorted(order_.begin(), order_.end())) steps.order = order_.data();
   }
 
-  void read_reset(const Tensor& reset, bool to_initial) {
+  void read_reset(const Tensor& input, const Tensor& reset, bool to_initial) {
     check(!step_, "a step has no reset: pass it the state that it is to start from");
     const bool same = packed_ ? reset.dim() == 1 && reset.size(0) == rows_
-                              : reset.dim() == 2 && reset.size(0) == input_.size(0) &&
-                                    reset.size(1) == input_.size(1);
+                              : reset.dim() == 2 && reset.size(0) == input.size(0) &&
+                                    reset.size(1) == input.size(1);
     check(reset.is_cpu() && reset.scalar_type() == ScalarType::Bool && same,
           "reset must be a bool tensor on the CPU with the shape of the input without features, ",
           packed_        ? "[N]"
@@ -431,8 +434,8 @@ class Call {
     stack.R = cell.recurrent ? weights[1].size(1) : stack.H;
     check(stack.H > 0 && stack.R > 0 && stack.I > 0,
           "input_size and hidden_size must be greater than zero");
-    check(stack.R == stack.H || projected, "weight_hh must have shape [G*H, H], got ",
-          text(weights[1].sizes()));
+    if (stack.R != stack.H && !projected)
+      fail("weight_hh must have shape [G*H, H], got ", text(weights[1].sizes()));
     check(stack.R <= stack.H, "proj_size must not be larger than hidden_size, got ", stack.R,
           " and ", stack.H);
 
@@ -468,7 +471,6 @@ class Call {
   bool packed_ = false;
   int64_t rows_ = 0;      // of the input and of saved: N, and where lengths are given T*B
   int64_t padded_T_ = 0;  // of the input
-  Tensor input_;
   std::vector<Tensor> kept_;
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
   std::vector<Weights> weights_;
@@ -480,14 +482,15 @@ class Call {
 };
 
 struct Outputs {
-  Tensor output, h_n, c_n, saved;
+  Tensor output, h_n, c_n;
+  MaybeTensor saved;
 };
 
 Outputs run_forward(Call& call, bool save) {
   const Stack& stack = call.stack;
   Outputs out{call.empty(call.output_shape()),
               call.is_step() ? call.nothing() : call.empty(call.h_shape()),
-              call.has_c() ? call.empty(call.c_shape()) : call.nothing(), call.nothing()};
+              call.has_c() ? call.empty(call.c_shape()) : call.nothing(), std::nullopt};
   if (save) out.saved = call.empty_kept(call.saved_shape(), call.saved_type());
   call.clear_padding(out.output);
   if (stack.steps.N == 0) {
@@ -501,40 +504,42 @@ Outputs run_forward(Call& call, bool save) {
   problem.output = call.sequence(out.output);
   problem.h_n = call.is_step() ? nullptr : out.h_n.data_ptr();
   problem.c_n = call.has_c() ? out.c_n.data_ptr() : nullptr;
-  problem.saved = save ? out.saved.data_ptr() : nullptr;
+  problem.saved = save ? out.saved->data_ptr() : nullptr;
   call.run(call.kernels->forward[int(call.dtype)], problem, call.plan(cpu::plan_forward));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> inference(std::string cell, Tensor input,
-                                             MaybeTensor batch_sizes, MaybeTensor h0,
-                                             MaybeTensor c0, std::vector<Tensor> weights,
-                                             int64_t num_layers, bool bidirectional,
-                                             bool batch_first, MaybeTensor lengths,
-                                             MaybeTensor reset, bool reset_to_initial) {
+// Arguments by reference: the boxed call holds them, and would copy a list with all its tensors.
+std::tuple<Tensor, Tensor, Tensor> inference(const std::string& cell, const Tensor& input,
+                                             const MaybeTensor& batch_sizes, const MaybeTensor& h0,
+                                             const MaybeTensor& c0,
+                                             const std::vector<Tensor>& weights, int64_t num_layers,
+                                             bool bidirectional, bool batch_first,
+                                             const MaybeTensor& lengths, const MaybeTensor& reset,
+                                             bool reset_to_initial) {
   Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first,
             lengths, reset, reset_to_initial);
   Outputs out = run_forward(call, false);
-  return {out.output, out.h_n, out.c_n};
+  return {std::move(out.output), std::move(out.h_n), std::move(out.c_n)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::string cell, Tensor input,
-                                                   MaybeTensor batch_sizes, MaybeTensor h0,
-                                                   MaybeTensor c0, std::vector<Tensor> weights,
-                                                   int64_t num_layers, bool bidirectional,
-                                                   bool batch_first, MaybeTensor lengths,
-                                                   MaybeTensor reset, bool reset_to_initial) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const std::string& cell, const Tensor& input, const MaybeTensor& batch_sizes,
+    const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
+    int64_t num_layers, bool bidirectional, bool batch_first, const MaybeTensor& lengths,
+    const MaybeTensor& reset, bool reset_to_initial) {
   Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first,
             lengths, reset, reset_to_initial);
   Outputs out = run_forward(call, true);
-  return {out.output, out.h_n, out.c_n, out.saved};
+  return {std::move(out.output), std::move(out.h_n), std::move(out.c_n), *std::move(out.saved)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
-    std::string cell, MaybeTensor d_output, MaybeTensor d_h_n, MaybeTensor d_c_n, Tensor input,
-    MaybeTensor batch_sizes, MaybeTensor h0, MaybeTensor c0, std::vector<Tensor> weights,
-    Tensor saved, int64_t num_layers, bool bidirectional, bool batch_first, bool need_input,
-    bool need_state, bool need_weights, MaybeTensor lengths, MaybeTensor reset,
+    const std::string& cell, const MaybeTensor& d_output, const MaybeTensor& d_h_n,
+    const MaybeTensor& d_c_n, const Tensor& input, const MaybeTensor& batch_sizes,
+    const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
+    const Tensor& saved, int64_t num_layers, bool bidirectional, bool batch_first, bool need_input,
+    bool need_state, bool need_weights, const MaybeTensor& lengths, const MaybeTensor& reset,
     bool reset_to_initial) {
   Call call(cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first,
             lengths, reset, reset_to_initial);
@@ -596,7 +601,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   if (need_state) problem.d_h0 = d_h0.data_ptr();
   if (need_state && call.has_c()) problem.d_c0 = d_c0.data_ptr();
   call.run(call.kernels->backward[int(call.dtype)], problem, call.plan(cpu::plan_backward));
-  return {d_input, d_h0, d_c0, d_weights};
+  return {std::move(d_input), std::move(d_h0), std::move(d_c0), std::move(d_weights)};
 }
 
 }  // namespace
