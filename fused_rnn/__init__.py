@@ -1,7 +1,20 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with kernels of their own."""
 
 from .convert import convert, to_torch
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import (
+    GRU,
+    LSTM,
+    RNN,
+    CoupledLSTM,
+    CoupledLSTMCell,
+    GRUCell,
+    IndRNN,
+    IndRNNCell,
+    LSTMCell,
+    PeepholeLSTM,
+    PeepholeLSTMCell,
+    RNNCell,
+)
 from .ops import empty_cache
 from .strategy import force_split
 
@@ -10,8 +23,14 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CoupledLSTM",
+    "CoupledLSTMCell",
     "GRUCell",
+    "IndRNN",
+    "IndRNNCell",
     "LSTMCell",
+    "PeepholeLSTM",
+    "PeepholeLSTMCell",
     "RNNCell",
     "convert",
     "empty_cache",

@@ -60,9 +60,22 @@ def convert(
 def to_torch(model: Model, *, report: Report | None = None) -> Model:
     """Turn our layers in `model` back into those of torch.nn, in place, as `convert` does.
 
-    For tools that ask for the exact class: quantisation, structured pruning.
+    For tools that ask for the exact class: quantisation, structured pruning. Layers that torch.nn
+    does not have are skipped: PeepholeLSTM and its like, and a GRU with `reset_after=False`.
     """
-    return _change_classes(model, _TO_TORCH, lambda layer, name: None, report)
+    return _change_classes(model, _TO_TORCH, lambda layer, name: _beyond_torch(layer), report)
+
+
+def has_twin(layer: nn.Module) -> bool:
+    """Whether torch.nn has the layer."""
+    source = parametrize.type_before_parametrizations(layer)
+    return source in _TO_TORCH and _beyond_torch(layer) is None
+
+
+def _beyond_torch(layer: nn.Module) -> str | None:
+    if not getattr(layer, "reset_after", True):
+        return "torch.nn has no GRU whose reset gate acts before the product"
+    return None
 
 
 def _change_classes(

@@ -351,9 +351,7 @@ def _fused(
         return output, h_n, c_n[0] if has_c else None
     options = num_layers, bidirectional, batch_first
     controls = ops.given_controls(lengths, reset, reset_to_initial)
-    output, h_n, c_n = ops.inference(
-        cell, input, batch_sizes, h0, c0, weights, *options, *controls
-    )
+    output, h_n, c_n = ops.inference(cell, input, batch_sizes, h0, c0, weights, *options, *controls)
     return output, h_n, c_n if has_c else None
 
 

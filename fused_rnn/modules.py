@@ -30,8 +30,13 @@ class _Twin(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles the twin, with the same parameters."""
-        from .convert import to_torch  # convert imports this module
+        from .convert import has_twin, to_torch  # convert imports this module
 
+        if not has_twin(self):
+            raise NotImplementedError(
+                f"torch.jit.script compiles torch.nn's layers, and {type(self).__name__} is none "
+                "of them: use torch.compile or torch.export"
+            )
         twin: nn.Module = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return to_torch(twin, report=lambda name, outcome: None)
@@ -72,7 +77,19 @@ class _Layer(_Twin, nn.RNNBase):
         self.__dict__.pop("_flat_weights", None)
         self._init_flat_weights()
 
-    def _run(self, input: Any, hx: Any) -> tuple[Any, Tensor, Tensor | None]:
+    @property
+    def _cell(self) -> str:
+        """Its name in the ops."""
+        return self.mode.lower()
+
+    def _run(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Tensor | None = None,
+        reset: Any = None,
+        reset_to_initial: bool = False,
+    ) -> tuple[Any, Tensor, Tensor | None]:
         """(output, h_n, c_n), after torch's checks in torch's order."""
         weights = []
         parameters = self._parameters
@@ -103,6 +120,9 @@ class _Layer(_Twin, nn.RNNBase):
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}D{noun} instead")
             if unbatched:
                 data = data.unsqueeze(batch_dim)
+                if lengths is not None:
+                    raise ValueError("lengths belong to a batch, got an unbatched input")
+                reset = None if reset is None else reset.unsqueeze(batch_dim)
             if hx is not None:
                 states = self._split(hx)
                 self._check_dims(states, dim)
@@ -123,9 +143,11 @@ class _Layer(_Twin, nn.RNNBase):
             h0 = states[0]
             c0 = states[1] if len(states) > 1 else None
 
+        if isinstance(reset, PackedSequence):
+            reset = reset.data
         output: Any
         output, h_n, c_n = functional.rnn(
-            self.mode.lower(),
+            self._cell,
             data,
             batch_sizes,
             h0,
@@ -134,6 +156,9 @@ class _Layer(_Twin, nn.RNNBase):
             num_layers=self.num_layers,
             bidirectional=bool(self.bidirectional),
             batch_first=self.batch_first,
+            lengths=lengths,
+            reset=reset,
+            reset_to_initial=reset_to_initial,
             dropout=self.dropout,
             training=self.training,
         )
@@ -191,7 +216,15 @@ class LSTM(_Layer):
         proj_size: R, the features of h if not 0; else R = H.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` = (h_0 [L*D, B, R],
-    c_0 [L*D, B, H]), without B for [T, I], zeros if None.
+    c_0 [L*D, B, H]), without B for [T, I], zeros if None. Beyond torch.nn, by keyword:
+
+        lengths: [B], integers from 0 to T: how many steps of a padded batch each sequence has, in
+            any order. Output beyond is zero, h_n and c_n are the states at the length, and the
+            second direction starts there.
+        reset: [T, B], [B, T] with batch_first, [T] for [T, I], a PackedSequence like `input`;
+            bool, or any dtype where not 0 is true. A new sequence begins with this step: the state
+            before it is zero, and the second direction sees nothing of what lies beyond either.
+        reset_to_initial: a new sequence begins with `hx` instead of zeros.
 
     Outputs: `output` [T, B, D*R], contiguous, or what `input` was; (h_n, c_n) like `hx`.
 
@@ -230,9 +263,15 @@ class LSTM(_Layer):
         super().__init__("LSTM", *args, **kwargs)
 
     def forward(
-        self, input: Sequences, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Sequences,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to_initial: bool = False,
     ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
-        output, h_n, c_n = self._run(input, hx)
+        output, h_n, c_n = self._run(input, hx, lengths, reset, reset_to_initial)
         assert c_n is not None
         return output, (h_n, c_n)
 
@@ -260,6 +299,90 @@ class LSTM(_Layer):
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
+class PeepholeLSTM(LSTM):
+    """LSTM whose gates see the cell state, each unit's own through one weight.
+
+    In every layer and direction, for every step::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi + w_ci * c)
+        f = sigmoid(W_if x + b_if + W_hf h + b_hf + w_cf * c)
+        g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        c = f * c + i * g
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho + w_co * c)      # the new c
+        h = o * tanh(c)         # with proj_size: W_hr (o * tanh(c))
+
+    Equivalent PyTorch code::
+
+        gates = F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)
+        i, f, g, o = gates.chunk(4, -1)
+        w_i, w_f, w_o = weight_ch.chunk(3)
+        c = (f + w_f * c).sigmoid() * c + (i + w_i * c).sigmoid() * g.tanh()
+        h = (o + w_o * c).sigmoid() * c.tanh()
+
+    Args, Inputs, Outputs, Precision: as for `LSTM`.
+
+    Parameters: those of `LSTM`, and at the end of each layer and direction `weight_ch_l[k]` [3*H],
+    in the order i, f, o. ONNX has them as P, in the order i, o, f.
+
+    Raises: as `LSTM`.
+
+    Gers & Schmidhuber 2000, "Recurrent nets that time and count".
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for names in self._all_weights:
+            name = names[0].replace("weight_ih", "weight_ch")
+            like = getattr(self, names[0])
+            setattr(self, name, nn.Parameter(like.new_empty(3 * self.hidden_size)))
+            names.append(name)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return "peephole_lstm"
+
+
+class CoupledLSTM(LSTM):
+    """LSTM whose input gate is what the forget gate leaves: i = 1 - f.
+
+    In every layer and direction, for every step::
+
+        f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+        c = f * c + (1 - f) * g
+        h = o * tanh(c)
+
+    Equivalent PyTorch code::
+
+        gates = F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)
+        f, g, o = gates.chunk(3, -1)
+        c = f.sigmoid() * c + (1 - f.sigmoid()) * g.tanh()
+        h = o.sigmoid() * c.tanh()
+
+    Args, Inputs, Outputs, Precision: as for `LSTM`, without `proj_size`.
+
+    Parameters: those of `LSTM` with 3*H rows, in the order f, g, o. ONNX's `input_forget=1` couples
+    the other way, f = 1 - i: its i is sigmoid(-f).
+
+    Raises: as `LSTM`.
+
+    Greff et al. 2017, "LSTM: a search space odyssey" (CIFG).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        # Three gates, as a GRU has.
+        super(LSTM, self).__init__("GRU", *args, **kwargs)
+        self.mode = "LSTM"
+
+    @property
+    def _cell(self) -> str:
+        return "coupled_lstm"
+
+
 class GRU(_Layer):
     """Gated recurrent unit: `torch.nn.GRU` with other kernels.
 
@@ -270,7 +393,10 @@ class GRU(_Layer):
         n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
         h = (1 - z) * n + z * h
 
-    The reset gate acts after the product, as in torch and cuDNN; in the paper it acts before.
+    The reset gate acts after the product, as in torch and cuDNN. With `reset_after=False` it acts
+    before, as in the paper::
+
+        n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)
 
     Equivalent PyTorch code::
 
@@ -280,10 +406,11 @@ class GRU(_Layer):
         n = (x_n + r * h_n).tanh()
         h = (1 - z) * n + z * h
 
-    Args: as for `LSTM`, without `proj_size`.
+    Args: as for `LSTM`, without `proj_size`, and
+        reset_after: by keyword; False for the cell of the paper. Weights do not carry over.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
-    [T, I], zeros if None.
+    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` as for `LSTM`.
 
     Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
 
@@ -297,6 +424,8 @@ class GRU(_Layer):
     Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder".
     """
 
+    reset_after = True  # of layers that convert() has made, too
+
     @overload
     def __init__(
         self,
@@ -309,17 +438,36 @@ class GRU(_Layer):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
         _refuse_projection(kwargs)
         super().__init__("GRU", *args, **kwargs)
+        if not reset_after:
+            self.reset_after = False
 
-    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
-        output, h_n, _ = self._run(input, hx)
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+
+    def forward(
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to_initial: bool = False,
+    ) -> tuple[Sequences, Tensor]:
+        output, h_n, _ = self._run(input, hx, lengths, reset, reset_to_initial)
         return output, h_n
 
 
@@ -338,7 +486,7 @@ class RNN(_Layer):
         nonlinearity: "tanh" or "relu", the fourth argument, before `bias`.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
-    [T, I], zeros if None.
+    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` as for `LSTM`.
 
     Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
 
@@ -384,9 +532,58 @@ class RNN(_Layer):
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
 
-    def forward(self, input: Sequences, hx: Tensor | None = None) -> tuple[Sequences, Tensor]:
-        output, h_n, _ = self._run(input, hx)
+    def forward(
+        self,
+        input: Sequences,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to_initial: bool = False,
+    ) -> tuple[Sequences, Tensor]:
+        output, h_n, _ = self._run(input, hx, lengths, reset, reset_to_initial)
         return output, h_n
+
+
+class IndRNN(RNN):
+    """Independently recurrent network: a unit sees its own past and no other's.
+
+    In every layer and direction, for every step, with relu or tanh::
+
+        h = relu(W_ih x + b_ih + w_hh * h + b_hh)
+
+    Equivalent PyTorch code::
+
+        h = (F.linear(x, weight_ih, bias_ih) + weight_hh * h + bias_hh).relu()
+
+    Args: as for `RNN`, with "relu" as the default of `nonlinearity`.
+
+    Inputs, Outputs, Precision, Raises: as for `RNN`.
+
+    Parameters: those of `RNN`, but `weight_hh_l[k]` is [H], drawn uniformly from 0 to 1: with relu
+    a weight w keeps w^t of what was t steps ago, and the paper clips |w| so that this stays within
+    bounds over the length of the sequences.
+
+    Li et al. 2018, "Independently recurrent neural network (IndRNN)".
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) <= 3:
+            kwargs.setdefault("nonlinearity", "relu")
+        super().__init__(*args, **kwargs)
+        for names in self._all_weights:
+            recurrent = getattr(self, names[1])
+            setattr(self, names[1], nn.Parameter(recurrent.new_empty(self.hidden_size)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for names in self._all_weights:
+            nn.init.uniform_(getattr(self, names[1]), 0.0, 1.0)
+
+    @property
+    def _cell(self) -> str:
+        return f"ind{self.mode.lower()}"
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
@@ -396,6 +593,8 @@ def _refuse_projection(kwargs: dict[str, Any]) -> None:
 
 class _Cell(_Twin, nn.RNNCellBase):
     """What the cells share: checks and the step."""
+
+    _has_peepholes = False
 
     def _tensor(self, name: str) -> Any:
         """The parameter, or what a parametrization, pruning or a replica has in its place."""
@@ -440,6 +639,7 @@ class _Cell(_Twin, nn.RNNCellBase):
             self._tensor("weight_hh"),
             self._tensor("bias_ih"),
             self._tensor("bias_hh"),
+            self._tensor("weight_ch") if self._has_peepholes else None,
         )
         if unbatched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
@@ -473,7 +673,10 @@ class LSTMCell(_Cell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        gates = self._gates
+        super().__init__(input_size, hidden_size, bias, gates, device=device, dtype=dtype)
+
+    _op, _gates = "lstm", 4
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -486,9 +689,36 @@ class LSTMCell(_Cell):
             )
         if hx is not None and len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run("lstm", input, *states)
+        h, c = self._run(self._op, input, *states)
         assert c is not None
         return h, c
+
+
+class PeepholeLSTMCell(LSTMCell):
+    """One step of an LSTM with peepholes. The equations, order of rows and paper: `PeepholeLSTM`.
+
+    Args, Inputs, Outputs, Raises: as for `LSTMCell`.
+
+    Parameters: those of `LSTMCell`, and `weight_ch` [3*H].
+    """
+
+    _op, _has_peepholes = "peephole_lstm", True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_ch = nn.Parameter(self.weight_ih.new_empty(3 * self.hidden_size))
+        self.reset_parameters()
+
+
+class CoupledLSTMCell(LSTMCell):
+    """One step of a coupled LSTM. The equations, order of rows and paper: `CoupledLSTM`.
+
+    Args, Inputs, Outputs, Raises: as for `LSTMCell`.
+
+    Parameters: those of `LSTMCell`, with 3*H rows.
+    """
+
+    _op, _gates = "coupled_lstm", 3
 
 
 class GRUCell(_Cell):
@@ -496,7 +726,8 @@ class GRUCell(_Cell):
 
     The equations, the order of the rows, precision and paper: `GRU`.
 
-    Args: as for `LSTMCell`.
+    Args: as for `LSTMCell`, and
+        reset_after: by keyword; False for the cell of the paper, as in `GRU`.
 
     Inputs: `input` [B, I] or [I]; `hx` [B, H] or [H], zeros if None.
 
@@ -514,13 +745,22 @@ class GRUCell(_Cell):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        if not reset_after:
+            self.reset_after = False
+
+    reset_after = True  # of cells that convert() has made, too
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         states = () if hx is None else (hx,)
         self._check_dims("GRUCell", input, states, "hidden")
-        h, _ = self._run("gru", input, *states)
+        h, _ = self._run("gru" if self.reset_after else "gru_reset_before", input, *states)
         return h
 
 
@@ -555,10 +795,42 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
+    _op = "rnn"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         states = () if hx is None else (hx,)
         self._check_dims("RNNCell", input, states, "hidden")
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        h, _ = self._run(f"rnn_{self.nonlinearity}", input, *states)
+        h, _ = self._run(f"{self._op}_{self.nonlinearity}", input, *states)
         return h
+
+
+class IndRNNCell(RNNCell):
+    """One step of an independently recurrent network. Equation and paper: `IndRNN`.
+
+    Args: as for `RNNCell`, with "relu" as the default of `nonlinearity`.
+
+    Inputs, Outputs, Raises: as for `RNNCell`.
+
+    Parameters: those of `RNNCell`, but `weight_hh` is [H], drawn uniformly from 0 to 1.
+    """
+
+    _op = "indrnn"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "relu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self.weight_hh = nn.Parameter(self.weight_hh.new_empty(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.uniform_(self.weight_hh, 0.0, 1.0)

@@ -58,8 +58,7 @@ def empty_cache() -> None:
         _C.empty_cache()
 
 
-# The last arguments of the ops, left out of the call where none is wanted.
-CONTROLS = ("lengths", "reset", "reset_to_initial")
+# lengths, reset, reset_to_initial: the last arguments of the ops, left out where none is wanted.
 Controls = tuple[()] | tuple[Tensor | None, Tensor | None, bool]
 
 
@@ -138,6 +137,7 @@ def _differentiable_backward(
     """The gradients by way of the reference, so that they can be differentiated again."""
     create_graph = torch.is_grad_enabled()
     num_layers, bidirectional, batch_first = options
+    lengths, reset, reset_to_initial = controls or (None, None, False)
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         # Aliases, because one argument may have been computed from another (h0 from the input):
         # the gradient of the second must not run through the first.
@@ -149,7 +149,9 @@ def _differentiable_backward(
             num_layers=num_layers,
             bidirectional=bidirectional,
             batch_first=batch_first,
-            **dict(zip(CONTROLS, controls, strict=False)),
+            lengths=lengths,
+            reset=reset,
+            reset_to_initial=reset_to_initial,
         )
         # Not every output depends on every argument: c_n does not on the projection above it.
         given = [

@@ -83,10 +83,12 @@ def _rnn_relu(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
 
 
 def _indrnn_tanh(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+    assert w is not None
     return ((x + h + w * prev[0]).tanh(),)
 
 
 def _indrnn_relu(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+    assert w is not None
     return ((x + h + w * prev[0]).relu(),)
 
 
@@ -95,9 +97,7 @@ CELLS = {
     "peephole_lstm": Cell(_peephole_lstm, states=2, gates=4, diagonals=3),
     "coupled_lstm": Cell(_coupled_lstm, states=2, gates=3),
     "gru": Cell(_gru, states=1, gates=3),
-    "gru_reset_before": Cell(
-        _gru_reset_before, states=1, gates=3, operand=_reset_h, first_gates=2
-    ),
+    "gru_reset_before": Cell(_gru_reset_before, states=1, gates=3, operand=_reset_h, first_gates=2),
     "rnn_tanh": Cell(_rnn_tanh, states=1, gates=1),
     "rnn_relu": Cell(_rnn_relu, states=1, gates=1),
     "indrnn_tanh": Cell(_indrnn_tanh, states=1, gates=1, diagonals=1, recurrent=False),
@@ -118,9 +118,9 @@ class Weights(NamedTuple):
     @property
     def units(self) -> int:
         """H."""
-        tensor = self.diag if self.hh is None else self.hh.t() if self.hr is None else self.hr.t()
-        assert tensor is not None
-        return tensor.shape[0]
+        last = self.hr if self.hr is not None else self.hh if self.hh is not None else self.diag
+        assert last is not None
+        return last.shape[-1]
 
     @property
     def features(self) -> int:
@@ -169,11 +169,10 @@ def _pre_activations(cell: Cell, x: Tensor, prev: States, w: Weights) -> Tensor:
     if cell.operand is None:
         return F.linear(prev[0], w.hh, w.bias_hh)
     rows = cell.first_gates * w.units
-    rest = w.hh.shape[0] - rows
-    hh = w.hh.split([rows, rest])
-    bias = (None, None) if w.bias_hh is None else w.bias_hh.split([rows, rest])
-    first = F.linear(prev[0], hh[0], bias[0])
-    return torch.cat([first, F.linear(cell.operand(x, first, prev), hh[1], bias[1])], -1)
+    bias = None if w.bias_hh is None else (w.bias_hh[:rows], w.bias_hh[rows:])
+    first = F.linear(prev[0], w.hh[:rows], bias and bias[0])
+    operand = cell.operand(x, first, prev)
+    return torch.cat([first, F.linear(operand, w.hh[rows:], bias and bias[1])], -1)
 
 
 def _scan(
@@ -326,8 +325,11 @@ def _padded_rnn(
         if length:
             output, *after = rnn(
                 cell,
-                *(x[b, :length, None], None),
-                *(own[0], own[1] if len(own) > 1 else None, weights),
+                x[b, :length, None],
+                None,
+                own[0],
+                own[1] if len(own) > 1 else None,
+                weights,
                 batch_first=False,
                 reset=None if resets is None else resets[b, :length, None],
                 **options,

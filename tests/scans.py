@@ -251,7 +251,8 @@ def backward(
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> list[Tensor]:
     """The op's gradients, flat: d_input, d_h0, d_c0, *d_weights."""
-    *most, d_weights = ops.backward(args[0], *seeds, *args[1:6], saved, *args[6:9], *needs, *args[9:])
+    arguments = *args[1:6], saved, *args[6:9], *needs, *args[9:]
+    *most, d_weights = ops.backward(args.cell, *seeds, *arguments)
     return [*most, *d_weights]
 
 

@@ -102,9 +102,7 @@ def resets() -> list[dict[str, Any]]:
     )
     return [
         {"reset": probability, "reset_to_initial": to_initial, **layout}
-        for probability, to_initial, layout in itertools.product(
-            (0.3, 1.0), (False, True), layouts
-        )
+        for probability, to_initial, layout in itertools.product((0.3, 1.0), (False, True), layouts)
     ]
 
 
@@ -382,7 +380,7 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if fused_rnn._C.cells()[cell]["recurrent"]])
+@pytest.mark.parametrize("cell", [c for c in CELLS if fused_rnn._C.cells()[c]["recurrent"]])
 def test_the_sizes_above_share_the_work_in_every_way(cell: str) -> None:
     ways = set()
     for (T, B, I, H), options in SHARED:
