@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from . import ops, reference, strategy
+from .reference import Controls
 
 _log = logging.getLogger("fused_rnn")
 _strategy_log = logging.getLogger("fused_rnn.strategy")
@@ -29,7 +30,9 @@ _strategy_log = logging.getLogger("fused_rnn.strategy")
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Result = tuple[Tensor, Tensor, Tensor | None]
+# output, h_n, c_n for cells with c, and all states (h, c) where they were asked for.
+
+Result = tuple[Tensor, Tensor, Tensor | None, Any]
 
 
 def _onednn_has_bfloat16() -> bool:
@@ -55,9 +58,25 @@ class _Call(NamedTuple):
     num_layers: int
     bidirectional: bool
     batch_first: bool
-    lengths: Tensor | None = None
-    reset: Tensor | None = None
-    reset_to_initial: bool = False
+    controls: Controls | None = None
+
+
+class Regularisers(NamedTuple):
+    """What is done to the recurrence in training.
+
+    zoneout_h, zoneout_c: the probability that a unit's h or c stays what it was; outside training
+    the states are the expectation, that share of the old one.
+    recurrent_dropout: the probability that W_hh does not see a unit of h, the same units of a
+    sequence at every step; what it sees is scaled up.
+    weight_dropout: the probability of a zero in W_hh, the same for the whole call (DropConnect).
+    variational: dropout between layers takes the same features of a sequence at every step.
+    """
+
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    variational: bool = False
 
 
 def rnn(
@@ -71,11 +90,13 @@ def rnn(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    dropout: float = 0.0,
+    training: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reset_to_initial: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
+    regularisers: Regularisers | None = None,
+    return_all_states: bool = False,
 ) -> Result:
     """A stack of recurrent layers over a batch of sequences.
 
@@ -88,6 +109,8 @@ def rnn(
         c0: [L*D, B, H], zeros if None; for cells that have c.
         weights: torch's flat order, `weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]` by
             layer and direction, and for cells with peepholes `weight_ch` at the end of each.
+        dropout: probability of a zero between layers when `training`; the masks are those of
+            `F.dropout` on the time-major output of the layer below.
         lengths: [B], how many steps of a padded batch each sequence has, from 0 to T. Output
             beyond is zero, final states are those at the length, and the second direction starts
             there.
@@ -95,12 +118,13 @@ def rnn(
             new sequence begins with this step. The state before it is zero, and the second
             direction, too, sees nothing of what lies beyond.
         reset_to_initial: new sequences begin with h0 and c0 instead of zeros.
-        dropout: probability of a zero between layers when `training`; the masks are those of
-            `F.dropout` on the time-major output of the layer below.
+        regularisers: `Regularisers`; their masks come from torch's generator.
+        return_all_states: also the states of every layer after every step.
 
     Returns:
         output like `input` with D*R features, contiguous; h_n [L*D, B, R]; c_n [L*D, B, H], or
-        None for cells without c.
+        None for cells without c; with `return_all_states` (h, c), like the output with a leading
+        dimension for the layers, and c with D*H features or None; else None.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together.
@@ -109,17 +133,29 @@ def rnn(
         batch_first = False
     # Nameless until names are needed: a _Call costs a microsecond, a small fused call takes 15.
     call: Any = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
-    if lengths is not None or reset is not None:
-        lengths, reset = _controls(input, batch_sizes, batch_first, lengths, reset)
-        call = *call, lengths, reset, reset_to_initial
+    controls = None
+    if lengths is not None or reset is not None or regularisers is not None:
+        lengths, reset = _check_masks(input, batch_sizes, batch_first, lengths, reset)
+        controls = Controls(lengths, reset, reset_to_initial)
+        if regularisers is not None:
+            if training and regularisers.weight_dropout:
+                call = *call[:5], _drop_weights(cell, weights, regularisers, call[6:8]), *call[6:]
+            controls = _regularise(_Call(*call), controls, regularisers, training)
+        if not controls.any:
+            controls = None
+        else:
+            call = *call, controls
     route = _route(*call)
+    drops = training and dropout > 0.0 and num_layers > 1
+    variational = drops and regularisers is not None and regularisers.variational
+    if route == "torch" and (variational or return_all_states):
+        route = "reference"
     if route == "torch":
         return _torch(_Call(*call), dropout, training)
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     autocast = torch.is_autocast_enabled("cpu")
-    drops = training and dropout > 0.0 and num_layers > 1
-    if route == "fused" and not autocast and not drops:
+    if route == "fused" and not (autocast or drops or return_all_states):
         return _fused(*call)
     named = _Call(*call)
     if autocast:
@@ -132,9 +168,12 @@ def rnn(
         projected = reference.split_weights(cell, weights, scans)[0].hr is not None
         whole = cell.startswith("rnn") or onednn or projected
         named = _autocast(named, low if whole else None)
-    if route == "reference":
-        return _reference(named, dropout, training)
-    return _fused_with_dropout(named, dropout) if drops else _fused(*named)
+    run = _fused_named if route == "fused" else _reference
+    if return_all_states or (drops and (route == "fused" or variational)):
+        return _layer_by_layer(
+            named, run, dropout if drops else 0.0, variational, return_all_states
+        )
+    return run(named) if route == "fused" else _reference(named, dropout, training)
 
 
 def step(
@@ -172,17 +211,17 @@ def step(
         return run(input, hx[0], weight_ih, weight_hh, bias_ih, bias_hh), None
     autocast = torch.is_autocast_enabled("cpu")
     if route == "fused" and not autocast:
-        output, _, c_n = _fused(*call)
+        output, _, c_n, _ = _fused(*call)
         return output, c_n
     named = _Call(*call)
     if autocast:
         low = torch.get_autocast_dtype("cpu")
         named = _autocast(named, low if cell.startswith("rnn") else None)
-    output, _, c_n = _fused(*named) if route == "fused" else _reference(named)
+    output, _, c_n, _ = _fused(*named) if route == "fused" else _reference(named)
     return output, c_n
 
 
-def _controls(
+def _check_masks(
     input: Tensor,
     batch_sizes: Tensor | None,
     batch_first: bool,
@@ -210,6 +249,49 @@ def _controls(
     return lengths, reset
 
 
+def _drop_weights(
+    cell: str, weights: Sequence[Tensor], regularisers: Regularisers, options: tuple[int, bool]
+) -> list[Tensor]:
+    num_layers, bidirectional = options
+    count = len(weights) // (num_layers * (2 if bidirectional else 1))
+    share = regularisers.weight_dropout
+    return [F.dropout(w, share) if k % count == 1 else w for k, w in enumerate(weights)]
+
+
+def _regularise(
+    call: _Call, controls: Controls, regularisers: Regularisers, training: bool
+) -> Controls:
+    shares = regularisers.zoneout_h, regularisers.zoneout_c
+    input, facts = call.input, reference.CELLS[call.cell]
+    scans = reference.split_weights(
+        call.cell, call.weights, call.num_layers * (2 if call.bidirectional else 1)
+    )
+    if any(shares[: facts.states]):
+        if scans[0].hr is not None:
+            raise ValueError("zoneout does not go with a projection (proj_size)")
+        if not training:
+            controls = controls._replace(zoneout_h=shares[0], zoneout_c=shares[1])
+        else:
+            rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
+            shape = len(scans), rows, facts.states, scans[0].units
+            mask = torch.empty(shape, dtype=torch.bool, device=input.device)
+            for state, share in enumerate(shares[: facts.states]):
+                mask[:, :, state].bernoulli_(share)
+            controls = controls._replace(zoneout_mask=mask.flatten(2))
+    if training and regularisers.recurrent_dropout:
+        if not facts.recurrent or facts.operand is not None:
+            raise ValueError(
+                f"recurrent_dropout is for cells that multiply W_hh by h, {call.cell} does not"
+            )
+        if call.batch_sizes is not None:
+            B = int(call.batch_sizes[0])
+        else:
+            B = input.shape[0 if call.batch_first else 1]
+        ones = input.new_ones(len(scans), B, scans[0].features)
+        controls = controls._replace(h_mask=F.dropout(ones, regularisers.recurrent_dropout))
+    return controls
+
+
 def _route(
     cell: str,
     input: Tensor,
@@ -226,8 +308,7 @@ def _route(
     if c0 is not None:
         tensors.append(c0)
     route, reason = _choose(tensors, compiling)
-    controlled = len(options) > 3 and (options[3] is not None or options[4] is not None)
-    if route == "torch" and (controlled or not hasattr(_VF, cell)):
+    if route == "torch" and (len(options) > 3 or not hasattr(_VF, cell)):
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
@@ -249,8 +330,8 @@ def _log_strategy(call: _Call) -> None:
         T, B = 1, call.input.shape[0]
     else:
         B, T = call.input.shape[:2] if call.batch_first else call.input.shape[1::-1]
-    if call.lengths is not None:
-        T, rows = int(call.lengths.max()), int(call.lengths.sum())
+    if call.controls is not None and call.controls.lengths is not None:
+        T, rows = int(call.controls.lengths.max()), int(call.controls.lengths.sum())
     I, H = call.input.shape[-1], weights.units
     for backward in (False, True) if torch.is_grad_enabled() else (False,):
         plan = _C.strategy(
@@ -315,6 +396,7 @@ def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
         h0=None if call.h0 is None else call.h0.to(dtype),
         c0=None if call.c0 is None else call.c0.to(dtype),
         weights=[weight.to(dtype) for weight in call.weights],
+        controls=call.controls and call.controls.to(dtype),
     )
 
 
@@ -328,9 +410,7 @@ def _fused(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_to_initial: bool = False,
+    controls: Controls | None = None,
 ) -> Result:
     has_c = reference.CELLS[cell].states > 1
     # An exported graph holds nothing but the op: what backward needs would be computed in vain.
@@ -344,28 +424,52 @@ def _fused(
             or (c0 is not None and c0.requires_grad)
         )
     ):
-        output, h_n, *c_n = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
-            *(cell, num_layers, bidirectional, batch_first, lengths, reset, reset_to_initial),
+        output, h_n, *c = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
+            *(cell, num_layers, bidirectional, batch_first, controls),
             *(input, batch_sizes, h0, c0, *weights),
         )
-        return output, h_n, c_n[0] if has_c else None
-    options = num_layers, bidirectional, batch_first
-    controls = ops.given_controls(lengths, reset, reset_to_initial)
-    output, h_n, c_n = ops.inference(cell, input, batch_sizes, h0, c0, weights, *options, *controls)
-    return output, h_n, c_n if has_c else None
+        c_n, all_c = (*c, None, None)[:2]
+        return output, h_n, c_n, all_c
+    question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
+    if controls is None:
+        output, h_n, c_n = ops.inference(*question)
+        return output, h_n, c_n if has_c else None, None
+    output, h_n, c_n, all_c = ops.inference_controlled(*question, *controls)
+    return output, h_n, c_n if has_c else None, all_c if controls.all_c else None
 
 
-def _fused_with_dropout(call: _Call, dropout: float) -> Result:
-    """Layer by layer. All but the last run time-major: that is how torch draws its masks."""
+def _fused_named(call: _Call) -> Result:
+    return _fused(*call)
+
+
+def _layer_by_layer(
+    call: _Call,
+    run: Callable[[_Call], Result],
+    dropout: float,
+    variational: bool,
+    return_all_states: bool,
+) -> Result:
+    """All layers but the last run time-major: that is how torch draws its masks."""
     directions = 2 if call.bidirectional else 1
     count = len(call.weights) // call.num_layers
+    controls = call.controls or Controls()
+    all_c = return_all_states and reference.CELLS[call.cell].states > 1
+    controlled = call.controls is not None or all_c
     x = call.input.transpose(0, 1) if call.batch_first else call.input
-    reset = call.reset
+    reset = controls.reset
+    if call.batch_first and reset is not None:
+        reset = reset.t()
     last = call.num_layers - 1
     results = []
     for layer in range(call.num_layers):
         scans = slice(layer * directions, (layer + 1) * directions)
         batch_first = call.batch_first and layer == last
+        own = controls._replace(
+            reset=reset.t() if batch_first and reset is not None else reset,
+            zoneout_mask=None if controls.zoneout_mask is None else controls.zoneout_mask[scans],
+            h_mask=None if controls.h_mask is None else controls.h_mask[scans],
+            all_c=all_c,
+        )
         one = call._replace(
             input=x.transpose(0, 1) if batch_first else x,
             h0=None if call.h0 is None else call.h0[scans],
@@ -373,30 +477,44 @@ def _fused_with_dropout(call: _Call, dropout: float) -> Result:
             weights=call.weights[layer * count : (layer + 1) * count],
             num_layers=1,
             batch_first=batch_first,
-            reset=reset.t() if reset is not None and call.batch_first != batch_first else reset,
+            controls=own if controlled else None,
         )
-        results.append(_fused(*one))
+        results.append(run(one))
         if layer < last:
-            x = F.dropout(results[-1][0], dropout)
-    outputs, h_n, c_n = zip(*results, strict=True)
-    return outputs[-1], torch.cat(h_n), None if c_n[0] is None else torch.cat(c_n)
+            x = results[-1][0]
+            if variational and dropout:
+                x = x * _mask_of_features(x, call.batch_sizes, dropout)
+            elif dropout:
+                x = F.dropout(x, dropout)
+    outputs, h_n, c_n, every_c = zip(*results, strict=True)
+    c = None if c_n[0] is None else torch.cat(c_n)
+    if not return_all_states:
+        return outputs[-1], torch.cat(h_n), c, None
+
+    def stack(sequences: tuple[Tensor, ...]) -> Tensor:
+        *lower, top = sequences
+        return torch.stack([s.transpose(0, 1) if call.batch_first else s for s in lower] + [top])
+
+    return outputs[-1], torch.cat(h_n), c, (stack(outputs), stack(every_c) if all_c else None)
+
+
+def _mask_of_features(x: Tensor, batch_sizes: Tensor | None, dropout: float) -> Tensor:
+    """One of 0 and 1 / (1 - dropout) for every sequence and feature of x [T, B, F] or [N, F]."""
+    if batch_sizes is None:
+        return F.dropout(x.new_ones(1, *x.shape[1:]), dropout)
+    sizes = batch_sizes.tolist()
+    mask = F.dropout(x.new_ones(sizes[0], x.shape[1]), dropout)
+    return torch.cat([mask[:size] for size in sizes])
 
 
 def _reference(call: _Call, dropout: float = 0.0, training: bool = False) -> Result:
     with torch.autocast("cpu", enabled=False):  # all casting has been done
         return reference.rnn(
-            call.cell,
-            call.input,
-            call.batch_sizes,
-            call.h0,
-            call.c0,
-            call.weights,
+            *call[:6],
             num_layers=call.num_layers,
             bidirectional=call.bidirectional,
             batch_first=call.batch_first,
-            lengths=call.lengths,
-            reset=call.reset,
-            reset_to_initial=call.reset_to_initial,
+            controls=call.controls or Controls(),
             dropout=dropout,
             training=training,
         )
@@ -420,7 +538,7 @@ def _torch(call: _Call, dropout: float, training: bool) -> Result:
         bool(call.bidirectional),
         *((call.batch_first,) if call.batch_sizes is None else ()),
     )
-    return output.contiguous(), after[0], after[1] if len(states) > 1 else None
+    return output.contiguous(), after[0], after[1] if len(states) > 1 else None, None
 
 
 def _states(call: _Call) -> list[Tensor]:

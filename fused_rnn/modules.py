@@ -54,6 +54,42 @@ class _Layer(_Twin, nn.RNNBase):
     and FSDP are seen. `_flat_weights`, where RNNBase keeps them, is computed when somebody asks.
     """
 
+    # None for none, also in layers that convert() has made. May be set at any time.
+    regularisers: functional.Regularisers | None = None
+
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        variational: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        shares = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+        rates = {
+            "zoneout": shares,
+            "recurrent_dropout": (recurrent_dropout,),
+            "weight_dropout": (weight_dropout,),
+        }
+        for name, values in rates.items():
+            if not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"{name} should be a number in range [0, 1], got {values[0]}")
+        super().__init__(mode, *args, **kwargs)
+        if any(shares) or recurrent_dropout or weight_dropout or variational:
+            self.regularisers = functional.Regularisers(
+                *shares, recurrent_dropout, weight_dropout, variational
+            )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.regularisers is not None:
+            none = functional.Regularisers()
+            for name, value in self.regularisers._asdict().items():
+                text += f", {name}={value}" if value != getattr(none, name) else ""
+        return text
+
     @property
     def _flat_weights(self) -> list[Any]:
         return [getattr(self, name, None) for name in self._flat_weights_names]
@@ -89,8 +125,9 @@ class _Layer(_Twin, nn.RNNBase):
         lengths: Tensor | None = None,
         reset: Any = None,
         reset_to_initial: bool = False,
-    ) -> tuple[Any, Tensor, Tensor | None]:
-        """(output, h_n, c_n), after torch's checks in torch's order."""
+        return_all_states: bool = False,
+    ) -> tuple[Any, Tensor, Tensor | None, Any]:
+        """(output, h_n, c_n, all states or None), after torch's checks in torch's order."""
         weights = []
         parameters = self._parameters
         for name in self._flat_weights_names:
@@ -146,7 +183,7 @@ class _Layer(_Twin, nn.RNNBase):
         if isinstance(reset, PackedSequence):
             reset = reset.data
         output: Any
-        output, h_n, c_n = functional.rnn(
+        output, h_n, c_n, every = functional.rnn(
             self._cell,
             data,
             batch_sizes,
@@ -156,11 +193,13 @@ class _Layer(_Twin, nn.RNNBase):
             num_layers=self.num_layers,
             bidirectional=bool(self.bidirectional),
             batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
             lengths=lengths,
             reset=reset,
             reset_to_initial=reset_to_initial,
-            dropout=self.dropout,
-            training=self.training,
+            regularisers=self.regularisers,
+            return_all_states=return_all_states,
         )
         if packed:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -170,7 +209,9 @@ class _Layer(_Twin, nn.RNNBase):
         elif unbatched:
             output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
             c_n = None if c_n is None else c_n.squeeze(1)
-        return output, h_n, c_n
+            if every is not None:
+                every = [s if s is None else s.squeeze(batch_dim + 1) for s in every]
+        return output, h_n, c_n, every
 
     def _split(self, hx: Any) -> tuple[Tensor, ...]:
         return (hx,)
@@ -215,6 +256,18 @@ class LSTM(_Layer):
         bidirectional: a second scan in every layer, from the end; D = 2, else 1.
         proj_size: R, the features of h if not 0; else R = H.
 
+    Beyond torch.nn, by keyword and for training; the masks come from torch's generator:
+
+        zoneout: the probability that a unit's state stays what it was, or two, for h and for c.
+            Outside training the states are the expectation: that share of the old one (Krueger et
+            al. 2017).
+        recurrent_dropout: the probability that W_hh does not see a unit of h, the same units of a
+            sequence at every step (Gal & Ghahramani 2016).
+        weight_dropout: the probability of a zero in W_hh, for the whole call (DropConnect; Merity
+            et al. 2018).
+        variational: `dropout` takes the same features of a sequence at every step (Gal &
+            Ghahramani 2016).
+
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` = (h_0 [L*D, B, R],
     c_0 [L*D, B, H]), without B for [T, I], zeros if None. Beyond torch.nn, by keyword:
 
@@ -225,8 +278,11 @@ class LSTM(_Layer):
             bool, or any dtype where not 0 is true. A new sequence begins with this step: the state
             before it is zero, and the second direction sees nothing of what lies beyond either.
         reset_to_initial: a new sequence begins with `hx` instead of zeros.
+        return_all_states: also h and c of every layer after every step.
 
-    Outputs: `output` [T, B, D*R], contiguous, or what `input` was; (h_n, c_n) like `hx`.
+    Outputs: `output` [T, B, D*R], contiguous, or what `input` was; (h_n, c_n) like `hx`. With
+    `return_all_states` a third, (h, c): like the output (for a PackedSequence like its data), with
+    a leading dimension for the layers, c with D*H features; h[-1] is the output.
 
     Parameters, those of the second direction with `_reverse` at the end: `weight_ih_l[k]`
     [4*H, I or D*R], `weight_hh_l[k]` [4*H, R], `bias_ih_l[k]`, `bias_hh_l[k]` [4*H],
@@ -270,10 +326,14 @@ class LSTM(_Layer):
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_to_initial: bool = False,
-    ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
-        output, h_n, c_n = self._run(input, hx, lengths, reset, reset_to_initial)
-        assert c_n is not None
-        return output, (h_n, c_n)
+        return_all_states: bool = False,
+    ) -> Any:
+        output, h_n, c_n, every = self._run(
+            input, hx, lengths, reset, reset_to_initial, return_all_states
+        )
+        if every is None:
+            return output, (h_n, c_n)
+        return output, (h_n, c_n), every
 
     def _split(self, hx: Any) -> tuple[Tensor, ...]:
         return hx[0], hx[1], *hx[2:]  # any more are refused later, as torch does
@@ -466,9 +526,12 @@ class GRU(_Layer):
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_to_initial: bool = False,
-    ) -> tuple[Sequences, Tensor]:
-        output, h_n, _ = self._run(input, hx, lengths, reset, reset_to_initial)
-        return output, h_n
+        return_all_states: bool = False,
+    ) -> Any:
+        output, h_n, _, every = self._run(
+            input, hx, lengths, reset, reset_to_initial, return_all_states
+        )
+        return (output, h_n) if every is None else (output, h_n, every[0])
 
 
 class RNN(_Layer):
@@ -540,9 +603,12 @@ class RNN(_Layer):
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_to_initial: bool = False,
-    ) -> tuple[Sequences, Tensor]:
-        output, h_n, _ = self._run(input, hx, lengths, reset, reset_to_initial)
-        return output, h_n
+        return_all_states: bool = False,
+    ) -> Any:
+        output, h_n, _, every = self._run(
+            input, hx, lengths, reset, reset_to_initial, return_all_states
+        )
+        return (output, h_n) if every is None else (output, h_n, every[0])
 
 
 class IndRNN(RNN):

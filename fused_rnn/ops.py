@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import Controls
 
 available = True
 unavailable_reason: str | None = None
@@ -37,8 +38,11 @@ except ImportError as error:
 
 # Called directly where no gradient is needed.
 inference: Callable[..., tuple[Tensor, Tensor, Tensor]]
+inference_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 _forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+_forward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+_backward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
 # Private names, hence the fallbacks.
 # A transform of torch.func (vmap, grad, jvp, ...) is running.
@@ -58,16 +62,8 @@ def empty_cache() -> None:
         _C.empty_cache()
 
 
-# lengths, reset, reset_to_initial: the last arguments of the ops, left out where none is wanted.
-Controls = tuple[()] | tuple[Tensor | None, Tensor | None, bool]
-
-
-def given_controls(lengths: Tensor | None, reset: Tensor | None, to_initial: bool) -> Controls:
-    return () if lengths is None and reset is None else (lengths, reset, to_initial)
-
-
 class RNNFunction(torch.autograd.Function):
-    """The ops under autograd: (output, h_n) or, for cells with two states, (output, h_n, c_n)."""
+    """The ops under autograd: (output, h_n), for cells with c (output, h_n, c_n[, all_c])."""
 
     @staticmethod
     def forward(
@@ -76,9 +72,7 @@ class RNNFunction(torch.autograd.Function):
         num_layers: int,
         bidirectional: bool,
         batch_first: bool,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        reset_to_initial: bool,
+        controls: Controls | None,
         input: Tensor,
         batch_sizes: Tensor | None,
         h0: Tensor | None,
@@ -86,21 +80,31 @@ class RNNFunction(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         options = num_layers, bidirectional, batch_first
-        controls = given_controls(lengths, reset, reset_to_initial)
-        *outputs, saved = _forward(cell, input, batch_sizes, h0, c0, weights, *options, *controls)
+        question = cell, input, batch_sizes, h0, c0, weights, *options
+        masks: tuple[Tensor | None, ...] = ()
+        count = 1 + reference.CELLS[cell].states
+        if controls is None:
+            *outputs, saved = _forward(*question)
+        else:
+            *outputs, saved = _forward_controlled(*question, *controls)
+            count += controls.all_c
+            masks = controls.masks()
+            controls = controls.with_masks(None, None, None, None)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, batch_sizes, h0, c0, lengths, reset, saved, *weights)
-        ctx.cell, ctx.options, ctx.reset_to_initial = cell, options, reset_to_initial
-        return tuple(outputs[: 1 + reference.CELLS[cell].states])
+        ctx.save_for_backward(input, batch_sizes, h0, c0, saved, *masks, *weights)
+        ctx.cell, ctx.options, ctx.controls = cell, options, controls
+        return tuple(outputs[:count])
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[7:]
-        d_output, d_h_n, d_c_n = d_outputs if len(d_outputs) == 3 else (*d_outputs, None)
-        if d_output is None and d_h_n is None and d_c_n is None:
-            return (None,) * (7 + len(needs))
-        input, batch_sizes, h0, c0, lengths, reset, saved, *weights = ctx.saved_tensors
-        controls = given_controls(lengths, reset, ctx.reset_to_initial)
+        needs = ctx.needs_input_grad[5:]
+        d_output, d_h_n, d_c_n, d_all_c = (*d_outputs, None, None)[:4]
+        if d_output is None and d_h_n is None and d_c_n is None and d_all_c is None:
+            return (None,) * (5 + len(needs))
+        input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
+        controls: Controls | None = ctx.controls
+        if controls is not None:
+            controls, weights = controls.with_masks(*weights[:4]), weights[4:]
         # Inside backward, gradients are enabled under create_graph only, and the key is there under
         # autograd.grad(is_grads_batched=True) only. The op has neither a derivative nor a batching
         # rule, the reference has both.
@@ -108,28 +112,30 @@ class RNNFunction(torch.autograd.Function):
             torch.is_grad_enabled() or transforms_active() or _is_key_included(_VMAP_MODE)
         ):
             tensors = [input, batch_sizes, h0, c0, *weights]
-            return (None,) * 7 + _differentiable_backward(
+            return (None,) * 5 + _differentiable_backward(
                 ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
         need_input, _, need_h0, need_c0, *need_weights = needs
-        d_input, d_h0, d_c0, d_weights = _backward(
-            ctx.cell,
-            *(d_output, d_h_n, d_c_n),
-            *(input, batch_sizes, h0, c0, weights, saved),
-            *ctx.options,
-            *(need_input, need_h0 or need_c0, any(need_weights)),
-            *controls,
-        )
-        gradients = (d_input, None, d_h0, d_c0, *d_weights)
-        return (None,) * 7 + tuple(
-            [d if need else None for d, need in zip(gradients, needs, strict=True)]
+        question = ctx.cell, input, batch_sizes, h0, c0, weights, *ctx.options
+        wanted = saved, need_input, need_h0 or need_c0, any(need_weights)
+        if controls is None:
+            gradients = _backward(d_output, d_h_n, d_c_n, *question, *wanted)
+        else:
+            seeds = d_output, d_h_n, d_c_n, d_all_c
+            gradients = _backward_controlled(*seeds, *question, *wanted, *controls)
+        d_input, d_h0, d_c0, d_weights = gradients
+        return (None,) * 5 + tuple(
+            [
+                d if need else None
+                for d, need in zip((d_input, None, d_h0, d_c0, *d_weights), needs, strict=True)
+            ]
         )
 
 
 def _differentiable_backward(
     cell: str,
     options: tuple[int, bool, bool],
-    controls: Controls,
+    controls: Controls | None,
     tensors: list[Any],  # input, batch_sizes, h0, c0, *weights
     needs: tuple[bool, ...],
     d_outputs: tuple[Tensor | None, ...],
@@ -137,7 +143,6 @@ def _differentiable_backward(
     """The gradients by way of the reference, so that they can be differentiated again."""
     create_graph = torch.is_grad_enabled()
     num_layers, bidirectional, batch_first = options
-    lengths, reset, reset_to_initial = controls or (None, None, False)
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         # Aliases, because one argument may have been computed from another (h0 from the input):
         # the gradient of the second must not run through the first.
@@ -149,9 +154,7 @@ def _differentiable_backward(
             num_layers=num_layers,
             bidirectional=bidirectional,
             batch_first=batch_first,
-            lengths=lengths,
-            reset=reset,
-            reset_to_initial=reset_to_initial,
+            controls=controls or Controls(),
         )
         # Not every output depends on every argument: c_n does not on the projection above it.
         given = [
@@ -184,9 +187,6 @@ def _fake_inference(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # One meta tensor among real ones brings the call here, where nothing would be computed.
     for tensor in (h0, c0, *weights):
@@ -218,39 +218,56 @@ def _fake_inference(
     return output, h_n, input.new_empty(num_layers * directions, B, first.units)
 
 
+def _fake_inference_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (cell, input, _, _, _, weights, num_layers, bidirectional, _), controls = args[:9], args[9:]
+    shape: tuple[int, ...] = (0,)
+    if Controls(*controls).all_c:
+        directions = 2 if bidirectional else 1
+        H = reference.split_weights(cell, weights, num_layers * directions)[0].units
+        shape = (*input.shape[:-1], directions * H)
+    return *_fake_inference(*args[:9]), input.new_empty(shape)
+
+
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output, h_n, c_n = _fake_inference(*args)
-    cell, input, batch_sizes, _, _, weights, *_ = args
+    return *_fake_inference(*args), _fake_saved(args, Controls())
+
+
+def _fake_forward_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return *_fake_inference_controlled(*args), _fake_saved(args[:9], Controls(*args[9:]))
+
+
+def _fake_saved(question: tuple[Any, ...], controls: Controls) -> Tensor:
+    cell, input, batch_sizes, _, _, weights, num_layers, bidirectional, _ = question
     step = batch_sizes is None and input.dim() == 2
-    scans = 1 if step else h_n.shape[0]
+    scans = 1 if step else num_layers * (2 if bidirectional else 1)
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     first = reference.split_weights(cell, weights, scans)[0]
-    slots = _C.cells()[cell]["states"] + _C.cells()[cell]["saved"] + (first.hr is not None)
+    states, saved = _C.cells()[cell]["states"], _C.cells()[cell]["saved"]
+    own = 1 if first.hr is not None else states if controls.zoned else 0
+    slots = states + saved + own
     units = (first.units + 15) // 16 * 16
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return output, h_n, c_n, input.new_empty(scans, rows, slots * units, dtype=dtype)
+    new: Tensor = input.new_empty(scans, rows, slots * units, dtype=dtype)
+    return new
 
 
 def _fake_backward(
-    cell: str,
     d_output: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
+    cell: str,
     input: Tensor,
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: list[Tensor],
-    saved: Tensor,
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    saved: Tensor,
     need_input: bool,
     need_state: bool,
     need_weights: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(shape: Sequence[int], needed: bool) -> Tensor:
         return input.new_empty(shape if needed else 0)
@@ -267,10 +284,21 @@ def _fake_backward(
     )
 
 
+def _fake_backward_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    # Without d_all_c and the controls it is the plain one.
+    return _fake_backward(*args[:3], *args[4:17])
+
+
 if available:
     inference = torch.ops.fused_rnn.inference.default
+    inference_controlled = torch.ops.fused_rnn.inference.controlled
     _forward = torch.ops.fused_rnn.forward.default
+    _forward_controlled = torch.ops.fused_rnn.forward.controlled
     _backward = torch.ops.fused_rnn.backward.default
+    _backward_controlled = torch.ops.fused_rnn.backward.controlled
     torch.library.register_fake("fused_rnn::inference", _fake_inference)
+    torch.library.register_fake("fused_rnn::inference.controlled", _fake_inference_controlled)
     torch.library.register_fake("fused_rnn::forward", _fake_forward)
+    torch.library.register_fake("fused_rnn::forward.controlled", _fake_forward_controlled)
     torch.library.register_fake("fused_rnn::backward", _fake_backward)
+    torch.library.register_fake("fused_rnn::backward.controlled", _fake_backward_controlled)

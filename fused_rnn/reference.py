@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 States = tuple[Tensor, ...]
+# output, h_n, c_n for cells with c, and c of every step where it was asked for.
+Result = tuple[Tensor, Tensor, Tensor | None, Any]
 
 
 class Cell(NamedTuple):
@@ -105,6 +107,47 @@ CELLS = {
 }
 
 
+class Controls(NamedTuple):
+    """What torch.nn cannot be asked for: the last arguments of the ops called `controlled`."""
+
+    lengths: Tensor | None = None  # [B] int64: steps of each sequence of a padded batch
+    reset: Tensor | None = None  # bool, like the input without features: a new sequence begins
+    reset_to_initial: bool = False  # with h0 and c0 instead of zeros
+    zoneout_mask: Tensor | None = None  # [L*D, N, S*H] bool: these states stay what they were
+    zoneout_h: float = 0.0  # without a mask, the share of h and c that does
+    zoneout_c: float = 0.0
+    h_mask: Tensor | None = None  # [L*D, B, R]: what h is multiplied by for W_hh
+    all_c: bool = False  # c of every step in the place of c_n, like the output
+
+    @property
+    def any(self) -> bool:
+        """Whether they differ from the defaults."""
+        given = self.lengths is not None or self.reset is not None or self.h_mask is not None
+        return given or self.zoned or self.all_c
+
+    def to(self, dtype: torch.dtype) -> Controls:
+        return self._replace(h_mask=None if self.h_mask is None else self.h_mask.to(dtype))
+
+    @property
+    def zoned(self) -> bool:
+        return self.zoneout_mask is not None or bool(self.zoneout_h or self.zoneout_c)
+
+    def masks(self) -> tuple[Tensor | None, ...]:
+        return self.lengths, self.reset, self.zoneout_mask, self.h_mask
+
+    def with_masks(
+        self,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        zoneout_mask: Tensor | None,
+        h_mask: Tensor | None,
+    ) -> Controls:
+        shares = self.zoneout_h, self.zoneout_c
+        return Controls(
+            lengths, reset, self.reset_to_initial, zoneout_mask, *shares, h_mask, self.all_c
+        )
+
+
 class Weights(NamedTuple):
     """Parameters of one layer and direction."""
 
@@ -175,51 +218,73 @@ def _pre_activations(cell: Cell, x: Tensor, prev: States, w: Weights) -> Tensor:
     return torch.cat([first, F.linear(operand, w.hh[rows:], bias and bias[1])], -1)
 
 
-def _scan(
-    cell: Cell,
-    gates_x: Sequence[Tensor],
-    initial: States,
-    weights: Weights,
-    reverse: bool,
-    reset: Sequence[Tensor] | None,
-    reset_to_initial: bool,
-) -> tuple[list[Tensor], States]:
-    """h of every step in the order of time, and the last states of every sequence.
+class _Scan(NamedTuple):
+    """One layer and direction: its parameters, and what the controls say about it.
 
-    gates_x: for every step [B_t, G*H], B_t sequences being active; initial: [B, R], [B, H]; reset:
-    for every step [B_t].
+    Lists have an entry for every step; B_t sequences are active at step t.
     """
-    outputs = []
-    ended: list[States] = []
-    T = len(gates_x)
-    states = tuple(s[: gates_x[-1].shape[0]] for s in initial) if reverse else initial
-    for t in range(T - 1, -1, -1) if reverse else range(T):
-        x = gates_x[t]
-        active, before = x.shape[0], states[0].shape[0]
-        if active < before:  # forwards, the shortest sequences end first
-            ended.append(tuple(s[active:] for s in states))
-            states = tuple(s[:active] for s in states)
-        # A new sequence begins with a reset, and backwards in time with the step before it.
-        begins = None if reset is None or t + reverse == T else reset[t + reverse]
-        if begins is not None:
-            fresh = [
-                s[: begins.shape[0]] if reset_to_initial else torch.zeros_like(s[:1])
-                for s in initial
-            ]
-            begins = begins[:active].unsqueeze(-1)
-            states = tuple(
-                torch.where(begins, new[:active], s) for new, s in zip(fresh, states, strict=True)
-            )
-        if active > before:  # backwards, they start last
-            joining = (s[before:active] for s in initial)
-            states = tuple(map(torch.cat, zip(states, joining, strict=True)))
-        states = cell.step(x, _pre_activations(cell, x, states, weights), weights.diag, states)
-        if weights.hr is not None:
-            states = (F.linear(states[0], weights.hr), *states[1:])
-        outputs.append(states[0])
-    if ended:
-        states = tuple(map(torch.cat, zip(states, *reversed(ended), strict=True)))
-    return outputs[::-1] if reverse else outputs, states
+
+    cell: Cell
+    weights: Weights
+    reverse: bool
+    controls: Controls
+    initial: States  # [B, R], [B, H]
+    reset: Sequence[Tensor] | None  # [B_t]
+    zoneout_mask: Sequence[Tensor] | None  # [B_t, S*H]
+    h_mask: Tensor | None  # [B, R]
+
+    def run(self, gates_x: Sequence[Tensor]) -> tuple[list[States], States]:
+        """The states after every step, in the order of time, and the last ones of every sequence.
+
+        gates_x: [B_t, G*H]
+        """
+        outputs = []
+        ended: list[States] = []
+        T, initial, reverse = len(gates_x), self.initial, self.reverse
+        states = tuple(s[: gates_x[-1].shape[0]] for s in initial) if reverse else initial
+        for t in range(T - 1, -1, -1) if reverse else range(T):
+            active, before = gates_x[t].shape[0], states[0].shape[0]
+            if active < before:  # forwards, the shortest sequences end first
+                ended.append(tuple(s[active:] for s in states))
+                states = tuple(s[:active] for s in states)
+            # A new sequence begins with a reset, and backwards in time with the step before it.
+            if self.reset is not None and t + reverse < T:
+                states = self.begin(self.reset[t + reverse][: states[0].shape[0]], states)
+            if active > before:  # backwards, they start last
+                joining = (s[before:active] for s in initial)
+                states = tuple(map(torch.cat, zip(states, joining, strict=True)))
+            states = self.step(t, gates_x[t], states)
+            outputs.append(states)
+        if ended:
+            states = tuple(map(torch.cat, zip(states, *reversed(ended), strict=True)))
+        return outputs[::-1] if reverse else outputs, states
+
+    def begin(self, reset: Tensor, states: States) -> States:
+        fresh = (
+            s[: reset.shape[0]] if self.controls.reset_to_initial else torch.zeros_like(s[:1])
+            for s in self.initial
+        )
+        where = reset.unsqueeze(-1)
+        return tuple(torch.where(where, new, s) for new, s in zip(fresh, states, strict=True))
+
+    def step(self, t: int, x: Tensor, prev: States) -> States:
+        seen = prev
+        if self.h_mask is not None:
+            seen = (prev[0] * self.h_mask[: prev[0].shape[0]], *prev[1:])
+        h = _pre_activations(self.cell, x, seen, self.weights)
+        states = self.cell.step(x, h, self.weights.diag, prev)
+        if self.weights.hr is not None:
+            states = (F.linear(states[0], self.weights.hr), *states[1:])
+        if not self.controls.zoned:
+            return states
+        if self.zoneout_mask is not None:
+            masks = self.zoneout_mask[t].chunk(len(states), -1)
+            return tuple(map(torch.where, masks, prev, states))
+        shares = self.controls.zoneout_h, self.controls.zoneout_c
+        return tuple(
+            share * old + (1 - share) * new
+            for share, old, new in zip(shares, prev, states, strict=False)
+        )
 
 
 def rnn(
@@ -233,12 +298,10 @@ def rnn(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_to_initial: bool = False,
+    controls: Controls = Controls(),  # noqa: B008, it is immutable
     dropout: float = 0.0,
     training: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Result:
     """A stack of recurrent layers in plain torch. Arguments and results: `functional.rnn`.
 
     As in the ops, [B, I] without `batch_sizes` is one step: states have no leading dimension.
@@ -246,98 +309,127 @@ def rnn(
     options: dict[str, Any] = {
         "num_layers": num_layers,
         "bidirectional": bidirectional,
-        "reset_to_initial": reset_to_initial,
         "dropout": dropout,
         "training": training,
     }
     if batch_sizes is None and input.dim() == 2:
-        h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
-        output, _, c = rnn(
+        h0, c0, h_mask = (None if s is None else s.unsqueeze(0) for s in (h0, c0, controls.h_mask))
+        output, _, c, _ = rnn(
             cell,
             *(input.unsqueeze(0), None, h0, c0, weights),
             batch_first=False,
+            controls=controls._replace(h_mask=h_mask),
             **options,
         )
-        return output.squeeze(0), input.new_empty(0), None if c is None else c.squeeze(0)
-    if lengths is not None:
+        return output.squeeze(0), input.new_empty(0), None if c is None else c.squeeze(0), None
+    if controls.lengths is not None:
         return _padded_rnn(
-            cell, input, lengths, reset, h0, c0, weights, batch_first=batch_first, **options
+            cell, input, h0, c0, weights, batch_first=batch_first, controls=controls, **options
         )
     directions = 2 if bidirectional else 1
     scans = split_weights(cell, weights, num_layers * directions)
     sizes = None if batch_sizes is None else batch_sizes.tolist()
-    if batch_first and sizes is None:  # [T, B, I] or [N, I]
-        x, reset = input.transpose(0, 1), None if reset is None else reset.t()
-    else:
-        x = input
-    resets = None
-    if reset is not None:
-        resets = reset.unbind() if sizes is None else torch.split(reset, sizes)
+    transposed = batch_first and sizes is None
+    x = input.transpose(0, 1) if transposed else input  # [T, B, I] or [N, I]
 
+    def steps(rows: Tensor) -> Sequence[Tensor]:
+        return rows.unbind() if sizes is None else torch.split(rows, sizes)
+
+    reset = controls.reset
+    resets = None if reset is None else steps(reset.t() if transposed else reset)
     B = x.shape[1] if sizes is None else sizes[0]
     initial = initial_states(cell, x, B, h0, c0, scans)
     last: list[States] = []
+    every_c = []
     for layer in range(num_layers):
         if layer > 0:
             x = F.dropout(x, dropout, training)
         outputs = []
-        for direction in range(directions):
-            k = layer * directions + direction
-            gates_x = F.linear(x, scans[k].ih, scans[k].bias_ih)
-            steps = gates_x.unbind() if sizes is None else torch.split(gates_x, sizes)
-            states = tuple(state[k] for state in initial)
-            h, states = _scan(
-                CELLS[cell], steps, states, scans[k], direction == 1, resets, reset_to_initial
+        for k in range(layer * directions, (layer + 1) * directions):
+            mask, h_mask = controls.zoneout_mask, controls.h_mask
+            scan = _Scan(
+                CELLS[cell],
+                scans[k],
+                k % directions == 1,
+                controls,
+                tuple(state[k] for state in initial),
+                resets,
+                None if mask is None else steps(mask[k].view(*x.shape[:-1], -1)),
+                None if h_mask is None else h_mask[k],
             )
-            outputs.append(torch.stack(h) if sizes is None else torch.cat(h))
+            every, states = scan.run(steps(F.linear(x, scans[k].ih, scans[k].bias_ih)))
+            join = torch.stack if sizes is None else torch.cat
+            outputs.append(join([after[0] for after in every]))
+            if controls.all_c:
+                every_c.append(join([after[1] for after in every]))
             last.append(states)
         x = torch.cat(outputs, -1)
     h_n, *c_n = map(torch.stack, zip(*last, strict=True))
-    output = x.transpose(0, 1).contiguous() if batch_first and sizes is None else x
-    return output, h_n, c_n[0] if c_n else None
+    output = x.transpose(0, 1).contiguous() if transposed else x
+    all_c = None
+    if controls.all_c:  # there is one layer
+        all_c = torch.cat(every_c, -1)
+        all_c = all_c.transpose(0, 1).contiguous() if transposed else all_c
+    return output, h_n, c_n[0] if c_n else None, all_c
 
 
 def _padded_rnn(
     cell: str,
     input: Tensor,
-    lengths: Tensor,
-    reset: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
     *,
     batch_first: bool,
+    controls: Controls,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Result:
     """Every sequence by itself, as long as it is."""
-    scans = split_weights(
-        cell, weights, options["num_layers"] * (2 if options["bidirectional"] else 1)
-    )
+    directions = 2 if options["bidirectional"] else 1
+    scans = split_weights(cell, weights, options["num_layers"] * directions)
     x = input if batch_first else input.transpose(0, 1)  # [B, T, I]
-    resets = reset if batch_first or reset is None else reset.t()
+    resets = controls.reset
+    if resets is not None and not batch_first:
+        resets = resets.t()
     initial = initial_states(cell, x, x.shape[0], h0, c0, scans)
-    T = x.shape[1]
-    outputs, states = [], []
-    for b, length in enumerate(lengths.tolist()):
-        own = [state[:, b : b + 1] for state in initial]
-        features = scans[0].features * (2 if options["bidirectional"] else 1)
-        output = x.new_zeros(0, 1, features)
+    (B, T), mask, h_mask = x.shape[:2], controls.zoneout_mask, controls.h_mask
+    results = []
+    assert controls.lengths is not None
+    for b, length in enumerate(controls.lengths.tolist()):
+        own = controls._replace(
+            lengths=None,
+            reset=None if resets is None else resets[b, :length, None],
+            zoneout_mask=None
+            if mask is None
+            else mask.view(-1, T, B, mask.shape[-1])[:, :length, b],
+            h_mask=None if h_mask is None else h_mask[:, b : b + 1],
+        )
+        h, *c = (state[:, b : b + 1] for state in initial)
+        nothing = x.new_zeros(0, 1, directions)
+        result: Result = (
+            nothing.repeat(1, 1, scans[0].features),
+            h,
+            c[0] if c else None,
+            nothing.repeat(1, 1, scans[0].units) if controls.all_c else None,
+        )
         if length:
-            output, *after = rnn(
+            result = rnn(
                 cell,
                 x[b, :length, None],
                 None,
-                own[0],
-                own[1] if len(own) > 1 else None,
+                h,
+                c[0] if c else None,
                 weights,
                 batch_first=False,
-                reset=None if resets is None else resets[b, :length, None],
+                controls=own,
                 **options,
             )
-            own = [state for state in after if state is not None]
-        outputs.append(F.pad(output, (0, 0, 0, 0, 0, T - length)))
-        states.append(own)
-    padded = torch.cat(outputs, 1)
-    h_n, *c_n = (torch.cat(parts, 1) for parts in zip(*states, strict=True))
-    output = padded.transpose(0, 1).contiguous() if batch_first else padded
-    return output, h_n, c_n[0] if c_n else None
+        results.append(result)
+    outputs, h_n, c_n, all_c = zip(*results, strict=True)
+
+    def pad(parts: Sequence[Tensor]) -> Tensor:
+        rows = torch.cat([F.pad(part, (0, 0, 0, 0, 0, T - len(part))) for part in parts], 1)
+        return rows.transpose(0, 1).contiguous() if batch_first else rows
+
+    last_c = None if c_n[0] is None else torch.cat(c_n, 1)
+    return pad(outputs), torch.cat(h_n, 1), last_c, pad(all_c) if controls.all_c else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import reference
+from fused_rnn.reference import Controls
 
 ops = torch.ops.fused_rnn
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,9 +31,11 @@ class Arguments(NamedTuple):
     num_layers: int
     bidirectional: bool
     batch_first: bool
-    lengths: Tensor | None = None
-    reset: Tensor | None = None
-    reset_to_initial: bool = False
+    controls: Controls = Controls()
+
+    def given(self) -> tuple[Any, ...]:
+        """As the ops take them: without controls, the overload that has none."""
+        return (*self[:9], *self.controls) if self.controls.any else self[:9]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """The same question with `function` applied to every floating-point tensor."""
@@ -41,6 +44,7 @@ class Arguments(NamedTuple):
             h0=None if self.h0 is None else function(self.h0),
             c0=None if self.c0 is None else function(self.c0),
             weights=[function(weight) for weight in self.weights],
+            controls=self.controls.to(function(self.input).dtype),
         )
 
     def tensors(self) -> Tensors:
@@ -66,11 +70,17 @@ def make_arguments(
     lengths: Iterable[int] | None = None,
     reset: float = 0.0,
     reset_to_initial: bool = False,
+    zoneout: str = "",
+    h_mask: bool = False,
+    all_c: bool = False,
     state: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Arguments:
-    """A random question to a scan; weights as torch.nn draws them. `reset`: a probability."""
+    """A random question to a scan; weights as torch.nn draws them.
+
+    `reset` is a probability, `zoneout` "shares" or "mask".
+    """
     generator = torch.Generator().manual_seed(seed)
     numbers = fused_rnn._C.cells()[cell]
     directions = 2 if bidirectional else 1
@@ -101,6 +111,19 @@ def make_arguments(
         input = normal(B, T, I) if batch_first else normal(T, B, I)
     resets = torch.rand(input.shape[:-1], generator=generator) < reset if reset else None
     has_c = numbers["states"] > 1
+    scans, rows = layers * directions, input.shape[:-1].numel()
+    states_of_rows = (scans, rows, numbers["states"] * H)
+    mask = torch.rand(states_of_rows, generator=generator) < 0.3 if zoneout == "mask" else None
+    kept = torch.rand(scans, B, R, generator=generator) < 0.7
+    controls = Controls(
+        None if lengths is None else torch.tensor(list(lengths)),
+        resets,
+        reset_to_initial,
+        mask,
+        *((0.2, 0.4) if zoneout == "shares" else (0.0, 0.0)),
+        (kept / 0.7).to(dtype) if h_mask else None,
+        all_c and has_c,
+    )
     return Arguments(
         cell,
         input,
@@ -111,9 +134,7 @@ def make_arguments(
         layers,
         bidirectional,
         batch_first,
-        None if lengths is None else torch.tensor(list(lengths)),
-        resets,
-        reset_to_initial,
+        controls,
     )
 
 
@@ -126,24 +147,22 @@ def one_sided(weight: Tensor, H: int) -> Tensor:
 
 def by_reference(args: Arguments) -> tuple[Tensor, ...]:
     """The states and output by `fused_rnn.reference`, in the dtype of the arguments."""
-    output, h_n, c_n = reference.rnn(
+    results = reference.rnn(
         *args[:6],
         num_layers=args.num_layers,
         bidirectional=args.bidirectional,
         batch_first=args.batch_first,
-        lengths=args.lengths,
-        reset=args.reset,
-        reset_to_initial=args.reset_to_initial,
+        controls=args.controls,
         dropout=0.0,
         training=False,
     )
-    return (output, h_n) if c_n is None else (output, h_n, c_n)
+    return tuple(result for result in results if result is not None)
 
 
 def by_torch(args: Arguments) -> tuple[Tensor, ...]:
     """The same by torch's own functions; by the reference for what torch does not have."""
     function = getattr(torch._VF, args.cell, None)
-    if function is None or args.lengths is not None or args.reset is not None:
+    if function is None or args.controls.any:
         return by_reference(args)
     directions = 2 if args.bidirectional else 1
     per_direction = len(args.weights) // (args.num_layers * directions)
@@ -165,8 +184,13 @@ def by_torch(args: Arguments) -> tuple[Tensor, ...]:
 
 def by_ops(args: Arguments) -> tuple[Tensor, ...]:
     """The same by `torch.ops.fused_rnn.inference`."""
-    output, h_n, c_n = torch.ops.fused_rnn.inference(*args)
-    return (output, h_n, c_n) if fused_rnn._C.cells()[args.cell]["states"] > 1 else (output, h_n)
+    return given(args, torch.ops.fused_rnn.inference(*args.given()))
+
+
+def given(args: Arguments, results: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Of the results of an op those that are there for this cell and these controls."""
+    count = 1 + fused_rnn._C.cells()[args.cell]["states"] + args.controls.all_c
+    return tuple(itertools.islice(results, count))
 
 
 def seeds_like(
@@ -181,7 +205,7 @@ def seeds_like(
 
 
 def name_outputs(outputs: Iterable[Tensor]) -> Tensors:
-    return dict(zip(("output", "h_n", "c_n"), outputs, strict=False))
+    return dict(zip(("output", "h_n", "c_n", "all_c"), outputs, strict=False))
 
 
 def differentiate(
@@ -198,20 +222,10 @@ def differentiate(
 
 def differentiate_ops(args: Arguments) -> Tensors:
     """Outputs and all gradients by `torch.ops.fused_rnn.forward` and `backward`."""
-    *outputs, saved = torch.ops.fused_rnn.forward(*args)
-    if args.c0 is None and fused_rnn._C.cells()[args.cell]["states"] == 1:
-        outputs = outputs[:2]
+    *outputs, saved = ops.forward(*args.given())
+    outputs = given(args, outputs)
     seeds = seeds_like(outputs)
-    d_c_n = seeds[2] if len(seeds) == 3 else None
-    d_input, d_h0, d_c0, d_weights = torch.ops.fused_rnn.backward(
-        args.cell,
-        *(seeds[0], seeds[1], d_c_n),
-        *args[1:6],
-        saved,
-        *args[6:9],
-        *(True, True, True),
-        *args[9:],
-    )
+    d_input, d_h0, d_c0, *d_weights = backward(args, list(seeds), saved)
     gradients = args._replace(input=d_input, h0=d_h0, c0=d_c0, weights=d_weights)
     if args.c0 is None:
         gradients = gradients._replace(c0=None)
@@ -244,6 +258,14 @@ def judge_scan(
     judge_draws(draw)
 
 
+def arguments_of_backward(
+    args: Arguments, seeds: list[Tensor | None], saved: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Any, ...]:
+    question, controls = args.given()[:9], args.given()[9:]
+    padded = [*seeds, None, None][: 4 if controls else 3]
+    return (*padded, *question, saved, *needs, *controls)
+
+
 def backward(
     args: Arguments,
     seeds: list[Tensor | None],
@@ -251,19 +273,18 @@ def backward(
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> list[Tensor]:
     """The op's gradients, flat: d_input, d_h0, d_c0, *d_weights."""
-    arguments = *args[1:6], saved, *args[6:9], *needs, *args[9:]
-    *most, d_weights = ops.backward(args.cell, *seeds, *arguments)
+    *most, d_weights = ops.backward(*arguments_of_backward(args, seeds, saved, needs))
     return [*most, *d_weights]
 
 
 def seeds_for(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Gradients of output, h_n, c_n; None for the c_n of a cell with one state."""
+    """Gradients of output, h_n, c_n[, all_c]; None for what is not there."""
     return [seed if seed.numel() else None for seed in seeds_like(outputs)]
 
 
 def everything(args: Arguments) -> list[Tensor]:
     """All that forward and backward return."""
-    *outputs, saved = ops.forward(*args)
+    *outputs, saved = ops.forward(*args.given())
     return [*outputs, *backward(args, seeds_for(tuple(outputs)), saved)]
 
 

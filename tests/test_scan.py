@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scans import (
     FLOATS,
     Arguments,
+    arguments_of_backward,
     assert_same,
     backward,
     by_ops,
@@ -113,6 +114,32 @@ def test_accuracy_with_resets(cell: str, options: dict[str, Any], dtype: torch.d
     judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
 
 
+def regularised() -> list[dict[str, Any]]:
+    layouts: tuple[dict[str, Any], ...] = (
+        {},
+        {"batch_first": True, "layers": 2},
+        {"batch_sizes": RAGGED, "layers": 2, "bidirectional": True},
+        {"lengths": PADDED, "bidirectional": True, "reset": 0.3},
+    )
+    return [
+        {"zoneout": zoneout, "h_mask": h_mask, "all_c": layout.get("layers", 1) == 1, **layout}
+        for (zoneout, h_mask), layout in itertools.product(
+            (("shares", False), ("mask", False), ("", True), ("mask", True)), layouts
+        )
+    ]
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("options", regularised(), ids=describe)
+def test_accuracy_with_masks_of_the_states(
+    cell: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if cell.startswith("indrnn") or cell == "gru_reset_before":
+        options = options | {"h_mask": False}
+    judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
+
+
 @each_dtype
 @pytest.mark.parametrize("options", structures() + resets(), ids=describe)
 def test_accuracy_with_projection(options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -187,7 +214,7 @@ def test_forward_returns_what_inference_returns(
     cell: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     args = make_arguments(cell, 5, 5, 6, 19, dtype=dtype, **options)
-    assert_same(list(ops.forward(*args))[:3], list(ops.inference(*args)))
+    assert_same(list(ops.forward(*args.given()))[:3], list(ops.inference(*args.given())))
 
 
 @each_dtype
@@ -200,7 +227,7 @@ def test_shapes_and_layouts(
     args = make_arguments(
         cell, T, B, 6, H, layers=L, bidirectional=True, batch_sizes=batch_sizes, dtype=dtype
     )
-    output, h_n, c_n, saved = ops.forward(*args)
+    output, h_n, c_n, saved = ops.forward(*args.given())
     N = args.input.shape[0] if batch_sizes else T * B
     assert output.shape == ((N, D * H) if batch_sizes else (T, B, D * H))
     assert h_n.shape == (L * D, B, H)
@@ -237,8 +264,8 @@ def test_no_state_means_zeros(cell: str, options: dict[str, Any]) -> None:
     zeros = args._replace(
         h0=torch.zeros_like(zeros.h0), c0=torch.zeros_like(zeros.c0) if has_c(cell) else None
     )
-    *outputs, saved = ops.forward(*args)
-    *expected, saved_of_zeros = ops.forward(*zeros)
+    *outputs, saved = ops.forward(*args.given())
+    *expected, saved_of_zeros = ops.forward(*zeros.given())
     assert_same(outputs, expected)
     seeds, needs = seeds_for(tuple(outputs)), (True, False, True)
     assert_same(backward(args, seeds, saved, needs), backward(zeros, seeds, saved_of_zeros, needs))
@@ -284,8 +311,8 @@ def test_expanded_arguments(cell: str) -> None:
         c0=args.c0.expand(1, 4, 19) if has_c(cell) else None,
     )
     dense = wide.map(Tensor.contiguous)
-    assert_same(list(ops.inference(*wide)), list(ops.inference(*dense)))
-    *outputs, saved = ops.forward(*dense)
+    assert_same(list(ops.inference(*wide.given())), list(ops.inference(*dense.given())))
+    *outputs, saved = ops.forward(*dense.given())
     ones = [torch.ones(()).expand(t.shape) if t.numel() else None for t in outputs]
     full = [None if one is None else one.contiguous() for one in ones]
     assert_same(backward(wide, ones, saved), backward(dense, full, saved))
@@ -295,8 +322,8 @@ def test_expanded_arguments(cell: str) -> None:
 def test_arguments_are_never_written(cell: str) -> None:
     args = make_arguments(cell, 5, 5, 6, 19, layers=2, bidirectional=True, batch_sizes=RAGGED)
     before = args.map(Tensor.clone)
-    *outputs, saved = ops.forward(*args)
-    ops.inference(*args)
+    *outputs, saved = ops.forward(*args.given())
+    ops.inference(*args.given())
     seeds, kept = seeds_for(tuple(outputs)), saved.clone()
     given = [*args.tensors().values(), args.batch_sizes, saved, *filter_none(seeds)]
     versions = [tensor._version for tensor in given]
@@ -315,7 +342,7 @@ def filter_none(tensors: list[Tensor | None]) -> list[Tensor]:
 @each_cell
 def test_backward_may_be_repeated(cell: str) -> None:
     args = make_arguments(cell, 5, 5, 6, 19, layers=2)
-    *outputs, saved = ops.forward(*args)
+    *outputs, saved = ops.forward(*args.given())
     seeds = seeds_for(tuple(outputs))
     assert_same(backward(args, seeds, saved), backward(args, seeds, saved))
 
@@ -323,7 +350,7 @@ def test_backward_may_be_repeated(cell: str) -> None:
 @each_cell
 def test_backward_does_not_read_the_outputs(cell: str) -> None:
     args = make_arguments(cell, 5, 5, 6, 19, layers=2)
-    *outputs, saved = ops.forward(*args)
+    *outputs, saved = ops.forward(*args.given())
     seeds = seeds_for(tuple(outputs))
     expected = backward(args, seeds, saved)
     for output in outputs:
@@ -335,7 +362,7 @@ def test_backward_does_not_read_the_outputs(cell: str) -> None:
 @pytest.mark.parametrize("absent", range(1, 8))
 def test_absent_output_gradients_are_zeros(cell: str, absent: int) -> None:
     args = make_arguments(cell, 5, 5, 6, 19, layers=2, bidirectional=True)
-    *outputs, saved = ops.forward(*args)
+    *outputs, saved = ops.forward(*args.given())
     full = seeds_for(tuple(outputs))
     missing = [bool(absent >> k & 1) for k in range(3)]
     none = [None if gone else seed for seed, gone in zip(full, missing, strict=True)]
@@ -353,7 +380,7 @@ def test_only_the_needed_gradients_are_made(
     cell: str, needs: tuple[bool, bool, bool], batch_sizes: tuple[int, ...] | None
 ) -> None:
     args = make_arguments(cell, 5, 5, 6, 19, layers=2, bidirectional=True, batch_sizes=batch_sizes)
-    *outputs, saved = ops.forward(*args)
+    *outputs, saved = ops.forward(*args.given())
     seeds = seeds_for(tuple(outputs))
     full = backward(args, seeds, saved)
     part = backward(args, seeds, saved, needs)
@@ -417,7 +444,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         assert_same(everything(args), expected)
-        assert_same(list(ops.inference(*args)), expected[:3])
+        assert_same(list(ops.inference(*args.given())), expected[:3])
 
 
 @each_cell
@@ -505,7 +532,7 @@ def test_tiny_numbers(cell: str, scale: float) -> None:
 def test_cell_name_is_checked() -> None:
     args = make_arguments("lstm")
     with pytest.raises(RuntimeError, match="lstmm"):
-        ops.inference(*args._replace(cell="lstmm"))
+        ops.inference(*args._replace(cell="lstmm").given())
 
 
 def replace_weight(args: Arguments, k: int, weight: Tensor) -> Arguments:
@@ -579,7 +606,7 @@ def cast(args: Arguments, where: str | int, dtype: torch.dtype) -> Arguments:
 def test_misuse_raises_and_names_the_argument(op: str, name: str, misuse: Any) -> None:
     args = misuse(make_arguments("lstm", 5, 3, 6, 7, layers=2))
     with pytest.raises(RuntimeError) as error:
-        getattr(ops, op)(*args)
+        getattr(ops, op)(*args.given())
     assert name in str(error.value)
     assert "fused_rnn" in str(error.value)
 
@@ -597,20 +624,20 @@ def test_wrong_batch_sizes_raise(op: str, sizes: Tensor) -> None:
 def test_a_cell_with_one_state_refuses_c0(cell: str) -> None:
     args = make_arguments(cell)
     with pytest.raises(RuntimeError, match="c0"):
-        ops.inference(*args._replace(c0=args.h0))
+        ops.inference(*args._replace(c0=args.h0).given())
 
 
 @pytest.mark.parametrize("op", ["inference", "forward"])
 def test_no_time_steps_raise(op: str) -> None:
     args = make_arguments("lstm", 0, 3, 6, 7)
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
-        getattr(ops, op)(*args)
+        getattr(ops, op)(*args.given())
 
 
 def spoil_backward(k: int, tensor: Tensor | None) -> Any:
     """A call of backward whose k-th of d_output, d_h_n, d_c_n, saved is `tensor`."""
     args = make_arguments("lstm", 5, 3, 6, 7, layers=2)
-    *outputs, saved = ops.forward(*args)
+    *outputs, saved = ops.forward(*args.given())
     given = [*seeds_for(tuple(outputs)), saved]
     given[k] = tensor
     return backward(args, given[:3], given[3])
@@ -648,18 +675,26 @@ def test_other_devices_raise(name: str) -> None:
     else:
         args = args._replace(**{name: getattr(args, name).to("meta")})
     with pytest.raises((RuntimeError, NotImplementedError)):
-        ops.inference(*args)[0].sum().item()
+        ops.inference(*args.given())[0].sum().item()
 
 
 @each_cell
-@pytest.mark.parametrize("options", [{}, {"batch_sizes": RAGGED}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": 2},
+        {"layers": 2, "batch_sizes": RAGGED},
+        {"layers": 2, "batch_first": True},
+        {"lengths": PADDED, "reset": 0.3, "zoneout": "mask", "all_c": True},
+    ],
+    ids=str,
+)
 def test_opcheck(cell: str, options: dict[str, Any]) -> None:
-    args = make_arguments(cell, 5, 5, 4, 19, layers=2, bidirectional=True, **options)
-    torch.library.opcheck(ops.inference.default, tuple(args))
-    torch.library.opcheck(ops.forward.default, tuple(args))
-    *outputs, saved = ops.forward(*args)
-    seeds = seeds_for(tuple(outputs))
+    args = make_arguments(cell, 5, 5, 4, 19, bidirectional=True, **options)
+    overload = "controlled" if args.controls.any else "default"
+    torch.library.opcheck(getattr(ops.inference, overload), args.given())
+    torch.library.opcheck(getattr(ops.forward, overload), args.given())
+    *outputs, saved = ops.forward(*args.given())
     for needs in ((True, True, True), (True, False, False)):
-        torch.library.opcheck(
-            ops.backward.default, (cell, *seeds, *args[1:6], saved, *args[6:9], *needs, *args[9:])
-        )
+        arguments = arguments_of_backward(args, seeds_for(tuple(outputs)), saved, needs)
+        torch.library.opcheck(getattr(ops.backward, overload), arguments)

@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "platform.h"
+
 namespace fused_rnn {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -96,20 +98,35 @@ struct Stack {
   // uint8 [T, B]: a new sequence begins at this step. Data null for none.
   Sequence reset;
   bool reset_to_initial = false;  // it begins with h0 and c0 instead of zeros
+  // Zoneout: the share of h and c that stays what it was, or where there is a mask, the units of
+  // which all does. uint8 [T, B, S*H] in each of L*D planes.
+  double zoneout[2] = {0.0, 0.0};
+  Sequence zoneout_mask;
+  int64_t zoneout_plane = 0;     // elements of a plane
+  const void* h_mask = nullptr;  // [L*D, B, R]: multiplies h wherever W_hh does
+  bool zoned() const { return zoneout_mask.data || zoneout[0] != 0.0 || zoneout[1] != 0.0; }
   bool projected() const { return weights[0].hr != nullptr; }
   int64_t input_size(int64_t layer) const { return layer == 0 ? I : dirs * R; }
 };
+
+// Values kept for backward per unit and row: the states, what the cell saves, and where they are
+// not the states the cell's own results: h before a projection, h and c before zoneout.
+FUSED_RNN_INLINE int64_t saved_slots(const Stack& stack, const CellInfo& cell) {
+  return cell.states + cell.saved + (stack.projected() ? 1 : stack.zoned() ? cell.states : 0);
+}
 
 struct ForwardProblem : Stack {
   Sequence output;        // [T, B, D*R]
   void* h_n = nullptr;    // [L*D, B, R], null when not wanted
   void* c_n = nullptr;    // [L*D, B, H], null for a cell without c
   void* saved = nullptr;  // [L*D, N, slots*Hp] in the accumulation type, null in inference
+  Sequence all_c;         // [T, B, D*H], of a single layer; data null when not wanted
 };
 
 struct BackwardProblem : Stack {
   const void* saved = nullptr;
   Sequence d_output;                       // [T, B, D*R]; data null when undefined
+  Sequence d_all_c;                        // [T, B, D*H], of a single layer; data null for none
   const void* d_h_n = nullptr;             // [L*D, B, R], null when undefined
   const void* d_c_n = nullptr;             // [L*D, B, H]
   Sequence d_input;                        // data null when not needed

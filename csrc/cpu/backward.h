@@ -54,6 +54,8 @@ class BackwardScan : Scan<BackwardProblem> {
       const bool adds_up = p_.reset.data && p_.reset_to_initial && p_.d_h0;
       dir.d_h0 = arena.take<A>(adds_up ? steps_.B * Rp_ : 0);
       dir.d_c0 = arena.take<A>(adds_up && has_c() ? steps_.B * Hp_ : 0);
+      dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
+      dir.d_masked = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       dir.d_operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
       dir.gates_h = info_.sums_gates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
@@ -100,6 +102,8 @@ class BackwardScan : Scan<BackwardProblem> {
     A* packed_hr;      // panels of [Rp, H]
     A* diag;           // [P, Hp]
     A* zeros;          // [Hp], a state after a reset
+    A* h_mask;         // [B, Rp]
+    A* d_masked;       // [B, Rp]: gradient of h times its mask
     A* h0;             // [B, Rp]
     A* c0;             // [B, Hp]
     A* dh;             // [B, Rp]: gradient of the state between two steps
@@ -253,6 +257,7 @@ class BackwardScan : Scan<BackwardProblem> {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       copy_row(row(p_.h0, b, p_.R), p_.R, Rp_, dir.h0 + b * Rp_);
       copy_row(row(p_.d_h_n, b, p_.R), p_.R, Rp_, dir.dh + b * Rp_);
+      if (dir.h_mask) copy_row(row(p_.h_mask, b, p_.R), p_.R, Rp_, dir.h_mask + b * Rp_);
       if (dir.d_h0) copy_row<A>(nullptr, 0, Rp_, dir.d_h0 + b * Rp_);
       if (has_c()) {
         copy_row(row(p_.c0, b, p_.H), p_.H, Hp_, dir.c0 + b * Hp_);
@@ -306,9 +311,15 @@ class BackwardScan : Scan<BackwardProblem> {
     Direction& dir = *task.dir;
     const int64_t end = member.rows.begin + alive(member, t);
     if (end == member.rows.begin) return;
-    const int64_t h_end = p_.projected() ? Rp_ : member.units.end;
-    for (int64_t b = member.rows.begin; b < end; ++b)
+    const int64_t h_end = units_of_h(member.units).end;
+    for (int64_t b = member.rows.begin; b < end; ++b) {
       add_output_gradient(task, t, b, member.units.begin, h_end, dir.dh + b * Rp_);
+      if (!p_.d_all_c.data) continue;
+      const S* d_c = row_of<const S>(p_.d_all_c, steps_, t, b) + task.d * p_.H;
+      A* dc = dir.dc + b * Hp_;
+      for (int64_t u = member.units.begin; u < member.units.end; u += L)
+        store(dc + u, load(dc + u) + load_partial(d_c + u, p_.H - u));
+    }
     if (p_.projected()) unproject(task, member.rows.begin, end, chunk, t);
 
     for (int64_t b = member.rows.begin; b < end; ++b)
@@ -335,6 +346,14 @@ class BackwardScan : Scan<BackwardProblem> {
     at.dc = has_c() ? dir.dc + b * Hp_ : nullptr;
     at.gates_x = dir.gates_x + gates;
     at.gates_h = dir.gates_h + gates;
+    if (p_.zoned()) {
+      at.own = at.saved + info_.saved * Hp_;
+      for (int s = 0; s < 2; ++s) at.zoneout[s] = A(p_.zoneout[s]);
+      if (p_.zoneout_mask.data)
+        at.zoneout_mask = static_cast<const uint8_t*>(p_.zoneout_mask.data) +
+                          task.plane * p_.zoneout_plane + p_.zoneout_mask.at(steps_, t, b);
+      at.zoneout_state = at.valid = p_.H;
+    }
     at.d_operand = dir.d_operand ? dir.d_operand + b * Hp_ : nullptr;
     return at;
   }
@@ -391,11 +410,17 @@ class BackwardScan : Scan<BackwardProblem> {
     if (rows == 0) return;
     const A* gates = dir.gates_h + chunk.row(t, member.rows.begin) * ldg_;
     A* dh = dir.dh + member.rows.begin * Rp_;
+    A* out = dir.h_mask ? dir.d_masked + member.rows.begin * Rp_ : dh;
+    const A* before = dir.h_mask ? nullptr : dh;
     const Range columns = units_of_h(member.units);
     for_panels<A>(1, columns.begin, columns.end, [&](int64_t column, int vectors) {
       times(rows, first_gates_, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column,
-            vectors, dh + column, Rp_, dh + column, Rp_);
+            vectors, before ? before + column : nullptr, Rp_, out + column, Rp_);
     });
+    const A* mask = dir.h_mask + member.rows.begin * Rp_;
+    for (int64_t m = 0; dir.h_mask && m < rows; ++m)
+      for (int64_t u = m * Rp_ + columns.begin; u < m * Rp_ + columns.end; u += L)
+        store(dh + u, load(dh + u) + load(mask + u) * load(out + u));
   }
 
   // Where a sequence begins with step t, its gradient does not flow on to the step before: it is
@@ -469,8 +494,11 @@ class BackwardScan : Scan<BackwardProblem> {
         }
         if (info_.recurrent) {
           const A* h = states_before(task, t, b).h;
-          stage_row(Rp_, rows, row, dir.h,
-                    [&](int64_t i) { return load_partial(h + i, p_.R - i); });
+          const A* mask = dir.h_mask ? dir.h_mask + b * Rp_ : nullptr;
+          stage_row(Rp_, rows, row, dir.h, [&](int64_t i) {
+            const Vector<A> units = load_partial(h + i, p_.R - i);
+            return mask ? units * load(mask + i) : units;
+          });
         }
         if (info_.two_products()) {
           const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
@@ -570,7 +598,7 @@ class BackwardScan : Scan<BackwardProblem> {
   // does.
   void sum_rows(const Chunk& chunk, Range units, int first_gate, int end_gate, const A* gates,
                 A* out) const {
-    constexpr int64_t kBlock = 16;
+    constexpr int64_t kBlock = 8;
     for (int g = first_gate; g < end_gate; ++g)
       for (int64_t u = units.begin; u < units.end; u += L) {
         Vector<A> sum{};

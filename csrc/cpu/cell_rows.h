@@ -27,11 +27,22 @@ struct ForwardStep {
   int64_t ld_own;  // of both
   S* y;            // the output
   int64_t ldy;
-  const int64_t* order;  // of rows in the output, null where they follow one another
-  int64_t valid;         // units of y
-  A* saved;              // slots of a row, `slot` apart; null in inference
+  const int64_t* y_order;  // of rows in y, null where they follow one another
+  const int64_t* order;    // of rows in the caller's tensors, likewise
+  int64_t valid;           // units of y
+  S* all_c;                // c for the caller, null when not wanted
+  int64_t ld_all_c, valid_c;
+  const A* h_mask;  // [rows, ld_state] what h is multiplied by for W_hh, into `masked`; or null
+  A* masked;
+  bool zoned;
+  A zoneout[2];                 // the share of h and c that stays
+  const uint8_t* zoneout_mask;  // or which units of them, [S*H] of a row; null where there is none
+  int64_t ld_zoneout, zoneout_state;
+  A* saved;  // slots of a row, `slot` apart; null in inference
   int64_t ld_saved, slot;
-  int own_slot;
+  int own_slot;  // the first of what is not a state, but the cell's own result
+
+  int64_t place(int64_t row) const { return order ? order[row] : row; }
 };
 
 // Some rows and units of it, with the product of the tile.
@@ -60,6 +71,11 @@ struct BackwardRow {
   A* gates_x;          // gradients of the pre-activations, and behind them those of w
   A* gates_h;          // the same pointer where x and h are summed
   const A* d_operand;  // of the second product, where there is one
+  const A* own;        // the cell's own states where zoneout made others of them, else null
+  A zoneout[2];
+  const uint8_t* zoneout_mask;
+  int64_t zoneout_state;
+  int64_t valid;  // units of a row
 };
 
 template <class S>
@@ -82,6 +98,14 @@ FUSED_RNN_INLINE Vector<Accumulate<S>> emit_h(Vector<Accumulate<S>> h, int64_t v
   store(after, h);
   store_partial(y, h, valid);
   return h;
+}
+
+// Units [u, u + lanes) of a mask.
+template <class A>
+FUSED_RNN_INLINE Vector<A> load_mask(const uint8_t* mask, int64_t n) {
+  A lanes[kLanes<A>];
+  for (int lane = 0; lane < kLanes<A>; ++lane) lanes[lane] = lane < n && mask[lane] ? A(1) : A(0);
+  return load(lanes);
 }
 
 template <class Cell, class S>
@@ -112,16 +136,34 @@ void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
       prev[0] = before ? load(before) : V{};
       if constexpr (Cell::kStates > 1) prev[1] = load(c);
       Cell::forward(x, h, w, prev, state, saved);
+      if (step.zoned) {
+        const uint8_t* mask =
+            step.zoneout_mask ? step.zoneout_mask + step.place(i) * step.ld_zoneout + u : nullptr;
+#pragma GCC unroll 2
+        for (int s = 0; s < Cell::kStates; ++s) {
+          if (slot) store(slot + (step.own_slot + s) * slot_size, state[s]);
+          state[s] =
+              mask ? math::select(load_mask<A>(mask + s * step.zoneout_state, step.valid - u) != 0,
+                                  prev[s], state[s])
+                   : state[s] + step.zoneout[s] * (prev[s] - state[s]);
+        }
+      }
       if constexpr (Cell::kStates > 1) {
         store(c, state[1]);
         c += step.ldc;
+        if (step.all_c)
+          store_partial(step.all_c + step.place(i) * step.ld_all_c + u, state[1], step.valid_c - u);
       }
       if (own) {
         store(own, state[0]);
         own += step.ld_own;
       } else {
-        S* y = step.y + (step.order ? step.order[i] : i) * step.ldy + u;
+        S* y = step.y + (step.y_order ? step.y_order[i] : i) * step.ldy + u;
         state[0] = emit_h<S>(state[0], step.valid - u, after, y);
+        if (step.h_mask) {
+          const int64_t at = i * step.ld_state + u;
+          store(step.masked + at, state[0] * load(step.h_mask + at));
+        }
       }
       if (slot) {
         store(own ? slot + step.own_slot * slot_size : slot, state[0]);
@@ -183,9 +225,21 @@ void backward_row(const BackwardRow<A>& at) {
     V dx[G] = {}, dh[G] = {}, d_prev[Cell::kStates];
     load_before<Cell>(at, u, saved, prev);
 #pragma GCC unroll 8
-    for (int i = 0; i < Cell::kStates; ++i) state[i] = load(at.states + i * at.slot + u);
+    for (int i = 0; i < Cell::kStates; ++i)
+      state[i] = load((at.own ? at.own : at.states) + i * at.slot + u);
     d_state[0] = load(at.dh + u);
     if constexpr (Cell::kStates > 1) d_state[1] = load(at.dc + u);
+    V kept[Cell::kStates] = {};  // gradients of the states before by way of zoneout
+    if (at.own) {
+#pragma GCC unroll 2
+      for (int s = 0; s < Cell::kStates; ++s) {
+        kept[s] = d_state[s] *
+                  (at.zoneout_mask
+                       ? load_mask<A>(at.zoneout_mask + s * at.zoneout_state + u, at.valid - u)
+                       : V{} + at.zoneout[s]);
+        d_state[s] -= kept[s];
+      }
+    }
     for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load(at.w + p * at.slot + u);
     Cell::backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw);
 #pragma GCC unroll 8
@@ -194,8 +248,8 @@ void backward_row(const BackwardRow<A>& at) {
       if constexpr (!Cell::kSumsGates) store(at.gates_h + g * at.slot + u, dh[g]);
     }
     for (int p = 0; p < Cell::kDiagonals; ++p) store(at.gates_x + (G + p) * at.slot + u, dw[p]);
-    store(at.dh + u, d_prev[0]);
-    if constexpr (Cell::kStates > 1) store(at.dc + u, d_prev[1]);
+    store(at.dh + u, at.own ? d_prev[0] + kept[0] : d_prev[0]);
+    if constexpr (Cell::kStates > 1) store(at.dc + u, at.own ? d_prev[1] + kept[1] : d_prev[1]);
   }
 }
 

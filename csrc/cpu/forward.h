@@ -40,6 +40,8 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
+      dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
+      for (A*& masked : dir.masked) masked = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
       const int64_t members = team(by_layers() ? 0 : slot).size();
       gates_stride_ = plan_.split == Split::kUnits ? 0 : chunk_rows * G_ * Hp_;
@@ -80,6 +82,8 @@ class ForwardScan : Scan<ForwardProblem> {
     A* c;                    // [B, Hp]
     A* unprojected;          // [B, Hp]
     A* operand;              // [B, Hp], of the second product
+    A* h_mask;               // [B, Rp]
+    A* masked[2];            // [B, Rp]: h times its mask
     A* gates_x;              // [members, chunk rows, G*Hp] in panel order
     A* staged;               // [members, chunk rows, I]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
@@ -182,6 +186,11 @@ class ForwardScan : Scan<ForwardProblem> {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const bool from_zero =
           task.d == 0 && !p_.reset_to_initial && b < steps_.rows(0) && begins(0, 0, b);
+      if (task.dir->h_mask) {
+        const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B + steps_.place(b);
+        copy_row(static_cast<const S*>(p_.h_mask) + state * p_.R, p_.R, Rp_,
+                 task.dir->h_mask + b * Rp_);
+      }
       for (int parity = 0; parity < 2; ++parity)
         begin_sequence(task, {0, Hp_}, b, parity, from_zero);
     }
@@ -196,7 +205,11 @@ class ForwardScan : Scan<ForwardProblem> {
       for (int64_t u = range.begin; u < range.end; u += L)
         store(to + u, from ? load_partial(from + u, n - u) : Vector<A>{});
     };
-    copy(p_.h0, units_of_h(units), p_.R, dir.h[parity] + b * Rp_);
+    const Range h_units = units_of_h(units);
+    A* h = dir.h[parity] + b * Rp_;
+    copy(p_.h0, h_units, p_.R, h);
+    for (int64_t u = h_units.begin; dir.h_mask && u < h_units.end; u += L)
+      store(dir.masked[parity] + b * Rp_ + u, load(h + u) * load(dir.h_mask + b * Rp_ + u));
     if (has_c()) copy(p_.c0, units, p_.H, dir.c + b * Hp_);
   }
 
@@ -295,12 +308,32 @@ class ForwardScan : Scan<ForwardProblem> {
                     : row_of<S>(task.output, steps_, t, first)) +
            task.d * p_.R;
     at.ldy = task.output.stride_b;
-    at.order = ordered ? steps_.order + first : nullptr;
+    at.order = steps_.order ? steps_.order + first : nullptr;
+    at.y_order = ordered ? at.order : nullptr;
     at.valid = p_.R;
+    const auto row_of_tensor = [&](const Sequence& tensor) {
+      return tensor.packed || !steps_.order ? tensor.at(steps_, t, first) : t * tensor.stride_t;
+    };
+    if (p_.all_c.data)
+      at.all_c = static_cast<S*>(p_.all_c.data) + row_of_tensor(p_.all_c) + task.d * p_.H;
+    at.ld_all_c = p_.all_c.stride_b;
+    at.valid_c = p_.H;
+    if (dir.h_mask) {
+      at.h_mask = dir.h_mask + first * Rp_;
+      at.masked = dir.masked[1 - parity] + first * Rp_;
+    }
+    at.zoned = p_.zoned();
+    for (int s = 0; s < 2; ++s) at.zoneout[s] = A(p_.zoneout[s]);
+    if (p_.zoneout_mask.data)
+      at.zoneout_mask = static_cast<const uint8_t*>(p_.zoneout_mask.data) +
+                        (task.layer * p_.dirs + task.d) * p_.zoneout_plane +
+                        row_of_tensor(p_.zoneout_mask);
+    at.ld_zoneout = p_.zoneout_mask.stride_b;
+    at.zoneout_state = p_.H;
     at.saved = p_.saved ? static_cast<A*>(p_.saved) + saved_row * slots_ * Hp_ : nullptr;
     at.ld_saved = slots_ * Hp_;
     at.slot = Hp_;
-    at.own_slot = int(slots_ - 1);
+    at.own_slot = info_.states + info_.saved;
     return at;
   }
 
@@ -333,7 +366,8 @@ class ForwardScan : Scan<ForwardProblem> {
     };
     if (!info_.recurrent) return cell(0, rows, bias, 0);
     const int64_t lda = which == 0 ? Rp_ : Hp_;
-    const A* a = (which == 0 ? dir.h[parity] : dir.operand) + member.rows.begin * lda;
+    const A* h = dir.h_mask ? dir.masked[parity] : dir.h[parity];
+    const A* a = (which == 0 ? h : dir.operand) + member.rows.begin * lda;
     alignas(64) A gates_h[kMaxRows * kPanelWidth];
     if (r.packed) {
       const A* packed = r.packed + unit * r.gates * p_.R;
@@ -381,9 +415,9 @@ class ForwardScan : Scan<ForwardProblem> {
         for (int64_t i = m; i < m + height; ++i)
           for (int v = 0; v < vectors; ++v) {
             const int64_t u = unit + v * L;
-            const Vector<A> h =
-                emit_h<S>(load(projected + ((i - m) * vectors + v) * L), p_.R - u,
-                          at.after + i * Rp_ + u, at.y + (at.order ? at.order[i] : i) * at.ldy + u);
+            const Vector<A> h = emit_h<S>(load(projected + ((i - m) * vectors + v) * L), p_.R - u,
+                                          at.after + i * Rp_ + u,
+                                          at.y + (at.y_order ? at.y_order[i] : i) * at.ldy + u);
             if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);
           }
       }
@@ -400,7 +434,7 @@ class ForwardScan : Scan<ForwardProblem> {
       if (p_.h_n)
         store_row(dir.h[parity] + b * Rp_, h_units.begin, h_units.end, p_.R,
                   static_cast<S*>(p_.h_n) + state * p_.R);
-      if (has_c())
+      if (p_.c_n)
         store_row(dir.c + b * Hp_, member.units.begin, member.units.end, p_.H,
                   static_cast<S*>(p_.c_n) + state * p_.H);
     }

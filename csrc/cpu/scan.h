@@ -8,12 +8,6 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-// Values kept per unit and row: the states, what the cell saves, and with a projection the cell's
-// own output (the state h is then what it was projected to).
-inline int64_t saved_slots(const CellInfo& cell, const Stack& stack) {
-  return cell.states + cell.saved + (stack.projected() ? 1 : 0);
-}
-
 // Hands out pieces of one block, null for nothing. Laid out once without memory to learn the size,
 // then for real.
 class Arena {
@@ -52,7 +46,7 @@ class Scan {
         steps_(problem.steps),
         Hp_(pad_units(problem.H)),
         Rp_(pad_units(problem.R)),
-        slots_(saved_slots(cell, problem)),
+        slots_(saved_slots(problem, cell)),
         widest_(problem.layers > 1 && problem.dirs * problem.R > problem.I
                     ? problem.dirs * problem.R
                     : problem.I),
