@@ -55,21 +55,27 @@ def judge(fused: Tensors, plain: Tensors, exact: Tensors) -> None:
     assert not complaints, "\n".join(complaints)
 
 
-def judge_draws(draw: Callable[[], tuple[Tensors, Tensors, Tensors]], count: int = 16) -> None:
-    """Judge one draw of (fused, plain, exact); if there are complaints, `count` draws as one.
+def judge_draws(
+    draw: Callable[[], tuple[Tensors, Tensors, Tensors]], counts: tuple[int, ...] = (1, 16, 128)
+) -> None:
+    """Judge one draw of (fused, plain, exact); while there are complaints, so many draws as one.
 
     Few numbers leave the ratio of two equally large errors to luck; with many it settles. What is
     wrong beyond luck in a single draw stands out of the pool.
     """
-    draws = [draw()]
-    try:
-        judge(*draws[0])
-    except AssertionError:
-        draws += [draw() for _ in range(count - 1)]
-        judge(*(pool(each) for each in zip(*draws, strict=True)))
+    draws: list[tuple[Tensors, Tensors, Tensors]] = []
+    for count in counts:
+        draws += [draw() for _ in range(count - len(draws))]
+        try:
+            return judge(*(pool(each) for each in zip(*draws, strict=True)))
+        except AssertionError:
+            if count == counts[-1]:
+                raise
 
 
 def pool(draws: Iterable[Tensors]) -> Tensors:
     """The tensors of several draws, end to end."""
     draws = list(draws)
+    if len(draws) == 1:
+        return draws[0]
     return {name: torch.cat([draw[name].flatten() for draw in draws]) for name in draws[0]}

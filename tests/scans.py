@@ -39,12 +39,13 @@ class Arguments(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """The same question with `function` applied to every floating-point tensor."""
+        input = function(self.input)
         return self._replace(
-            input=function(self.input),
+            input=input,
             h0=None if self.h0 is None else function(self.h0),
             c0=None if self.c0 is None else function(self.c0),
             weights=[function(weight) for weight in self.weights],
-            controls=self.controls.to(function(self.input).dtype),
+            controls=self.controls.to(input.dtype),
         )
 
     def tensors(self) -> Tensors:

@@ -34,6 +34,14 @@ RAGGED = (5, 5, 3, 1, 1)
 PADDED = (3, 5, 2, 0, 5)
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+# The scans call a cell by pointer, so what depends on the structure or on the storage type does not
+# on the cell: all cells in float32, in all types those that differ in products, states and weights.
+TYPED_CELLS = ("lstm", "gru", "gru_reset_before", "peephole_lstm", "indrnn_tanh")
+each_cell_and_dtype = pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [(c, d) for c in CELLS for d in FLOATS if d == torch.float32 or c in TYPED_CELLS],
+    ids=lambda value: str(value),
+)
 
 
 def has_c(cell: str) -> bool:
@@ -63,8 +71,7 @@ SIZES = [
 ]
 
 
-@each_dtype
-@each_cell
+@each_cell_and_dtype
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_accuracy_of_every_size(cell: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     judge_scan(cell, *sizes, dtype=dtype)
@@ -75,7 +82,7 @@ def structures() -> list[dict[str, Any]]:
     return [
         {"layers": layers, "bidirectional": bidirectional, "bias": bias, **layout}
         for layers, bidirectional, bias, layout in itertools.product(
-            (1, 2, 3), (False, True), (True, False), layouts
+            (1, 4), (False, True), (True, False), layouts
         )
     ]
 
@@ -84,8 +91,7 @@ def describe(options: dict[str, Any]) -> str:
     return "-".join(str(value).replace(" ", "") for value in options.values())
 
 
-@each_dtype
-@each_cell
+@each_cell_and_dtype
 @pytest.mark.parametrize("options", structures(), ids=describe)
 def test_accuracy_of_every_structure(
     cell: str, options: dict[str, Any], dtype: torch.dtype
@@ -107,8 +113,7 @@ def resets() -> list[dict[str, Any]]:
     ]
 
 
-@each_dtype
-@each_cell
+@each_cell_and_dtype
 @pytest.mark.parametrize("options", resets(), ids=describe)
 def test_accuracy_with_resets(cell: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
@@ -129,8 +134,7 @@ def regularised() -> list[dict[str, Any]]:
     ]
 
 
-@each_dtype
-@each_cell
+@each_cell_and_dtype
 @pytest.mark.parametrize("options", regularised(), ids=describe)
 def test_accuracy_with_masks_of_the_states(
     cell: str, options: dict[str, Any], dtype: torch.dtype
@@ -196,7 +200,7 @@ def test_reference_agrees_with_torch_in_float64(cell: str) -> None:
 
 @each_cell
 def test_reference_is_differentiable_twice(cell: str) -> None:
-    args = make_arguments(cell, 3, 2, 3, 2, layers=2, bidirectional=True, dtype=torch.float64)
+    args = make_arguments(cell, 3, 1, 2, 2, bidirectional=True, reset=0.3, dtype=torch.float64)
     leaves = [tensor.requires_grad_() for tensor in args.tensors().values()]
 
     def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -207,14 +211,13 @@ def test_reference_is_differentiable_twice(cell: str) -> None:
     assert torch.autograd.gradgradcheck(outputs, leaves)
 
 
-@each_dtype
-@each_cell
+@each_cell_and_dtype
 @pytest.mark.parametrize("options", structures()[::5], ids=describe)
 def test_forward_returns_what_inference_returns(
     cell: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     args = make_arguments(cell, 5, 5, 6, 19, dtype=dtype, **options)
-    assert_same(list(ops.forward(*args.given()))[:3], list(ops.inference(*args.given())))
+    assert_same(list(ops.forward(*args.given()))[:-1], list(ops.inference(*args.given())))
 
 
 @each_dtype
