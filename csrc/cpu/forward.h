@@ -48,6 +48,7 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G_ * Hp_);
       dir.staged = arena.take<A>(members * chunk_rows * widest_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
+      dir.steps = arena.take<ForwardStep<S>>(members);
     }
     between_ = arena.take<S>(betweens() * steps_.N * p_.dirs * p_.R);
   }
@@ -86,6 +87,7 @@ class ForwardScan : Scan<ForwardProblem> {
     A* masked[2];            // [B, Rp]: h times its mask
     A* gates_x;              // [members, chunk rows, G*Hp] in panel order
     A* staged;               // [members, chunk rows, I]
+    ForwardStep<S>* steps;   // [members]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
                              // of its steps
   };
@@ -182,6 +184,7 @@ class ForwardScan : Scan<ForwardProblem> {
   // The states before the first step. Both buffers of h start from h0: in a ragged batch the
   // reverse direction meets new sequences at any step.
   void start(const Task& task, const Member& member) {
+    task.dir->steps[member.index] = rows_of_block(task, member);
     const Range rows = rows_to_start(member);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const bool from_zero =
@@ -278,62 +281,66 @@ class ForwardScan : Scan<ForwardProblem> {
         });
   }
 
-  // Where the member's rows of one step stand: unit 0 of its first sequence.
-  ForwardStep<S> rows_of_step(const Task& task, const Member& member, int64_t t,
-                              int64_t index_in_chunk, int64_t parity) const {
+  // Where a member's rows stand, but for what moves from step to step.
+  ForwardStep<S> rows_of_block(const Task& task, const Member& member) const {
     const Direction& dir = *task.dir;
     const int64_t first = member.rows.begin;
-    const int64_t offset =
-        dir.chunk_offsets[member.index * (plan_.chunk_steps + 1) + index_in_chunk];
-    const int64_t saved_row = (task.layer * p_.dirs + task.d) * steps_.N + steps_.offset(t) + first;
-    const bool ordered = steps_.order && !task.output.packed;
-    const bool projected = p_.projected();
     const auto row_of_state = [&](A* state, int64_t size) {
       return state ? state + first * size : nullptr;
     };
     ForwardStep<S> at{};
-    at.x = gates_x(task, member) + offset * G_ * Hp_;
     at.ldx = G_ * Hp_;
     at.w = dir.diag;
     at.w_stride = Hp_;
-    at.before = projected ? nullptr : dir.h[parity] + first * Rp_;
-    at.after = dir.h[1 - parity] + first * Rp_;
     at.ld_state = Rp_;
     at.c = row_of_state(dir.c, Hp_);
     at.ldc = Hp_;
     at.own = row_of_state(dir.unprojected, Hp_);
     at.operand = row_of_state(dir.operand, Hp_);
     at.ld_own = Hp_;
-    at.y = (ordered ? static_cast<S*>(task.output.data) + t * task.output.stride_t
-                    : row_of<S>(task.output, steps_, t, first)) +
-           task.d * p_.R;
     at.ldy = task.output.stride_b;
     at.order = steps_.order ? steps_.order + first : nullptr;
-    at.y_order = ordered ? at.order : nullptr;
+    at.y_order = task.output.packed ? nullptr : at.order;
     at.valid = p_.R;
-    const auto row_of_tensor = [&](const Sequence& tensor) {
-      return tensor.packed || !steps_.order ? tensor.at(steps_, t, first) : t * tensor.stride_t;
-    };
-    if (p_.all_c.data)
-      at.all_c = static_cast<S*>(p_.all_c.data) + row_of_tensor(p_.all_c) + task.d * p_.H;
     at.ld_all_c = p_.all_c.stride_b;
     at.valid_c = p_.H;
-    if (dir.h_mask) {
-      at.h_mask = dir.h_mask + first * Rp_;
-      at.masked = dir.masked[1 - parity] + first * Rp_;
-    }
+    at.h_mask = row_of_state(dir.h_mask, Rp_);
     at.zoned = p_.zoned();
     for (int s = 0; s < 2; ++s) at.zoneout[s] = A(p_.zoneout[s]);
-    if (p_.zoneout_mask.data)
-      at.zoneout_mask = static_cast<const uint8_t*>(p_.zoneout_mask.data) +
-                        (task.layer * p_.dirs + task.d) * p_.zoneout_plane +
-                        row_of_tensor(p_.zoneout_mask);
     at.ld_zoneout = p_.zoneout_mask.stride_b;
     at.zoneout_state = p_.H;
-    at.saved = p_.saved ? static_cast<A*>(p_.saved) + saved_row * slots_ * Hp_ : nullptr;
     at.ld_saved = slots_ * Hp_;
     at.slot = Hp_;
     at.own_slot = info_.states + info_.saved;
+    return at;
+  }
+
+  // To unit 0 of its first sequence at step t.
+  const ForwardStep<S>& rows_of_step(const Task& task, const Member& member, int64_t t,
+                                     int64_t index_in_chunk, int64_t parity) const {
+    const Direction& dir = *task.dir;
+    ForwardStep<S>& at = dir.steps[member.index];
+    const int64_t first = member.rows.begin;
+    const int64_t plane = task.layer * p_.dirs + task.d;
+    const int64_t offset =
+        dir.chunk_offsets[member.index * (plan_.chunk_steps + 1) + index_in_chunk];
+    // Where there is an order, it counts from the first row of the tensor.
+    const auto row_of_tensor = [&](const Sequence& tensor) {
+      return tensor.packed || !steps_.order ? tensor.at(steps_, t, first) : t * tensor.stride_t;
+    };
+    at.x = gates_x(task, member) + offset * G_ * Hp_;
+    at.before = p_.projected() ? nullptr : dir.h[parity] + first * Rp_;
+    at.after = dir.h[1 - parity] + first * Rp_;
+    if (dir.h_mask) at.masked = dir.masked[1 - parity] + first * Rp_;
+    at.y = static_cast<S*>(task.output.data) + row_of_tensor(task.output) + task.d * p_.R;
+    if (p_.all_c.data)
+      at.all_c = static_cast<S*>(p_.all_c.data) + row_of_tensor(p_.all_c) + task.d * p_.H;
+    if (p_.zoneout_mask.data)
+      at.zoneout_mask = static_cast<const uint8_t*>(p_.zoneout_mask.data) +
+                        plane * p_.zoneout_plane + row_of_tensor(p_.zoneout_mask);
+    if (p_.saved)
+      at.saved =
+          static_cast<A*>(p_.saved) + (plane * steps_.N + steps_.offset(t) + first) * slots_ * Hp_;
     return at;
   }
 
@@ -342,8 +349,8 @@ class ForwardScan : Scan<ForwardProblem> {
             int64_t parity, int which) {
     const Direction& dir = *task.dir;
     const int64_t rows = alive(member, t);
-    const ForwardStep<S> at = rows_of_step(task, member, t, index_in_chunk, parity);
     if (rows > 0) {
+      const ForwardStep<S>& at = rows_of_step(task, member, t, index_in_chunk, parity);
       for_panels<A>(dir.recurrent[which].gates, member.units.begin, member.units.end,
                     [&](int64_t unit, int vectors) {
                       panel(task, member, at, rows, parity, which, unit, vectors);
