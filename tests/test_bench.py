@@ -489,6 +489,8 @@ CONDITIONS = (
     Shape("values", "GRU", 4, 3, 5, 6, packed=True, state=True),
     Shape("values", "LSTM", 4, 3, 5, 6, state=True),
     Shape("ragged", "LSTM", 6, 4, 5, 6, packed=True),
+    Shape("reset", "RNN", 6, 4, 5, 6),
+    *(Shape("cell", cell, 6, 4, 5, 6) for cell in conditions.BEYOND),
 )
 
 
@@ -496,13 +498,17 @@ CONDITIONS = (
 @pytest.mark.parametrize("shape", CONDITIONS, ids=lambda shape: shape.label)
 def test_every_condition_is_measured(shape: Shape, mode: str) -> None:
     jobs = conditions.jobs([shape], [mode], [1])
-    cases = list(conditions.VALUES) if shape.name == "values" else ["ragged"]
-    assert jobs == [conditions.Job(1, shape, mode, case) for case in cases]
-    r = conditions.measure(jobs[0], "float32", 0.0)
-    assert (r.shape, r.mode, r.threads, r.case) == (shape, mode, 1, cases[0])
-    assert r.pairs >= sides.LEAST_PAIRS
-    assert 0 < r.q25 <= r.ratio <= r.q75
-    assert min(r.ms, r.base_ms, r.torch_ratio) > 0
+    cases = {"values": conditions.VALUES, "cell": conditions.BEYOND[shape.cell]}
+    expected = list(cases.get(shape.name, [shape.name]))
+    assert jobs == [conditions.Job(1, shape, mode, case) for case in expected]
+    for job in jobs if shape.name == "cell" else jobs[:1]:
+        r = conditions.measure(job, "float32", 0.0)
+        assert (r.shape, r.mode, r.threads, r.case) == (shape, mode, 1, job.case)
+        assert r.pairs >= sides.LEAST_PAIRS
+        assert 0 < r.q25 <= r.ratio <= r.q75
+        assert min(r.ms, r.base_ms) > 0
+        # torch.nn has neither.
+        assert math.isnan(r.torch_ratio) == (shape.name in ("reset", "cell"))
 
 
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -541,6 +547,19 @@ def test_values_are_what_they_are_called(
         if case == "denormal":  # and it remains so: in the output, and in the gradients
             for value in work.evaluate(layer, disturbed)[:2]:
                 assert 0 < value.abs().max() < 1e-37
+
+
+def test_resets_and_cells_are_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = timed(monkeypatch)
+    shape = Shape("reset", "LSTM", 50, 8, 5, 6)
+    conditions.measure(conditions.Job(1, shape, "inference", "reset"), "float32", 0.0)
+    (_, disturbed), (_, ordinary) = found
+    assert 0 < disturbed.controls["reset"].float().mean() < 0.1
+    assert not ordinary.controls
+    found.clear()
+    shape = dataclasses.replace(shape, name="cell", cell="GRU")
+    conditions.measure(conditions.Job(1, shape, "inference", "CoupledLSTM"), "float32", 0.0)
+    assert [type(layer) for layer, _ in found] == [fused_rnn.CoupledLSTM, fused_rnn.GRU]
 
 
 def test_ragged_is_compared_with_as_many_dense_rows(monkeypatch: pytest.MonkeyPatch) -> None:

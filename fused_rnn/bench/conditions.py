@@ -4,6 +4,8 @@ busy     every core is kept busy by another program: n threads there, over one t
          that wait for each other must not make it worse than having none.
 ragged   a PackedSequence of random lengths, over a dense batch of as many sequences and rows.
 values   saturated, denormal, zero and NaN numbers, over ordinary ones.
+reset    new sequences that begin inside, with one step of twenty, over none.
+cell     a cell that torch.nn does not have, over one of ours with as many gates that it has.
 
 The two take turns; so do torch.nn's two, afterwards: who is called after another library finds its
 code and data gone from the caches. Where each has a process of its own, all four take turns.
@@ -16,15 +18,17 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fused_rnn
 from fused_rnn.bench import sides, work
 from fused_rnn.bench.shapes import Shape
 from fused_rnn.bench.work import Timer
@@ -40,6 +44,8 @@ KINDS = {
     "busy": Kind(1.5, "another program on every core; ordinary is one thread there"),
     "ragged": Kind(1.15, "ordinary is a dense batch of as many sequences and rows"),
     "values": Kind(1.3, "numbers beside ordinary ones"),
+    "reset": Kind(1.05, "a reset at one step of twenty; ordinary is none"),
+    "cell": Kind(1.3, "a cell beyond torch.nn; ordinary is ours of torch.nn with as many gates"),
 }
 
 # By what x, hx and d_output, what the matrices and what the biases are multiplied, given the
@@ -49,6 +55,16 @@ VALUES: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "denormal": lambda tiny: (tiny / 100, 1.0, tiny / 100),
     "zero": lambda tiny: (0.0, 1.0, 0.0),
     "NaN": lambda tiny: (math.nan, 1.0, 1.0),
+}
+
+# By the plain cell that they are compared with.
+BEYOND: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "LSTM": {"PeepholeLSTM": fused_rnn.PeepholeLSTM},
+    "GRU": {
+        "CoupledLSTM": fused_rnn.CoupledLSTM,
+        "GRU(reset_after=False)": partial(fused_rnn.GRU, reset_after=False),
+    },
+    "RNN": {"IndRNN": fused_rnn.IndRNN},
 }
 
 # Seconds of a disturbed call, and of an ordinary one.
@@ -69,7 +85,7 @@ class Condition:
     ratio: float
     q25: float
     q75: float
-    torch_ratio: float  # of torch.nn, in the same run
+    torch_ratio: float  # of torch.nn, in the same run; NaN for what it cannot do
     pairs: int
 
     @property
@@ -85,7 +101,7 @@ class Job:
     threads: int
     shape: Shape
     mode: str
-    case: str  # one of VALUES, or the name of the shape
+    case: str  # one of VALUES or BEYOND, or the name of the shape
 
 
 def jobs(shapes: Sequence[Shape], modes: Sequence[str], threads: Sequence[int]) -> list[Job]:
@@ -95,8 +111,14 @@ def jobs(shapes: Sequence[Shape], modes: Sequence[str], threads: Sequence[int]) 
         for shape in shapes
         if not (shape.name == "busy" and count == 1)  # nobody to wait for
         for mode in modes
-        for case in (VALUES if shape.name == "values" else (shape.name,))
+        for case in cases(shape)
     ]
+
+
+def cases(shape: Shape) -> Collection[str]:
+    if shape.name == "values":
+        return VALUES
+    return BEYOND[shape.cell] if shape.name == "cell" else (shape.name,)
 
 
 def measure_all(jobs: Sequence[Job], dtype: str, budget: float) -> Iterator[Condition]:
@@ -114,10 +136,13 @@ def _disturbed(jobs: Sequence[Job], threads: int, dtype: str, budget: float) -> 
 
 
 def measure(job: Job, dtype: str, budget: float) -> Condition:
-    """Ragged lengths or values, in this process."""
-    pair = _ragged if job.case == "ragged" else _values
+    """What disturbs from within, in this process."""
+    pair = {"ragged": _ragged, "values": _values, "reset": _reset, "cell": _cell}[job.shape.name]
     times: list[Pairs] = []
     for library in work.LIBRARIES.values():
+        if library is nn and job.shape.name in ("reset", "cell"):
+            times.append([(math.nan, 1.0)])
+            continue
         case, base, scale = pair(job, library, dtype)
         found = sides.alternate([case, base], budget)
         times.append([(disturbed, scale * ordinary) for disturbed, ordinary in found])
@@ -143,6 +168,21 @@ def _values(job: Job, library: Any, dtype: str) -> tuple[Timer, Timer, float]:
         for parameter in layer.parameters():
             parameter.mul_(matrices if parameter.ndim == 2 else biases)
     return work.timer(*made), work.timer(*work.make(library, job.shape, job.mode, dtype)), 1.0
+
+
+def _reset(job: Job, library: Any, dtype: str) -> tuple[Timer, Timer, float]:
+    layer, arguments = work.make(library, job.shape, job.mode, dtype)
+    begins = torch.rand(job.shape.T, job.shape.B) < 0.05
+    disturbed = replace(arguments, controls={"reset": begins})
+    ordinary = work.make(library, job.shape, job.mode, dtype)
+    return work.timer(layer, disturbed), work.timer(*ordinary), 1.0
+
+
+def _cell(job: Job, library: Any, dtype: str) -> tuple[Timer, Timer, float]:
+    shape = job.shape
+    plain, arguments = work.make(library, shape, job.mode, dtype)
+    beyond = BEYOND[shape.cell][job.case](shape.I, shape.H, dtype=getattr(torch, dtype))
+    return work.timer(beyond, replace(arguments)), work.timer(plain, arguments), 1.0
 
 
 def _busy(jobs: Sequence[Job], threads: int, dtype: str, budget: float) -> Iterator[Condition]:

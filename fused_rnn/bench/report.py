@@ -232,7 +232,7 @@ def disturbed(records: Iterable[Condition]) -> list[Table]:
                 _ms(r.ms),
                 f"{r.ratio:.2f}x [{r.q25:.2f}-{r.q75:.2f}]",
                 "exceeded" if r.ratio > r.limit else "",
-                f"{r.torch_ratio:.2f}x",
+                "-" if math.isnan(r.torch_ratio) else f"{r.torch_ratio:.2f}x",
             )
         )
     return list(tables.values())

@@ -166,7 +166,12 @@ CONDITIONS = (
         for cell in CELLS
         for B, H in ((8, 256), (32, 128))
     ),
-    *(Shape("values", cell, 50, B, H, H) for cell in CELLS for B, H in ((1, 256), (32, 128))),
+    *(
+        Shape(name, cell, 50, B, H, H)
+        for name in ("values", "reset", "cell")
+        for cell in CELLS
+        for B, H in ((1, 256), (32, 128))
+    ),
 )
 
 SUITES = {

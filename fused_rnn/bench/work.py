@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -28,6 +28,7 @@ class Arguments:
     leaf: Tensor  # the input's numbers, where their gradient arrives
     hx: Any
     d_output: Tensor
+    controls: dict[str, Any] = field(default_factory=dict)  # keywords that torch.nn does not have
 
 
 def make(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, Arguments]:
@@ -106,7 +107,7 @@ def evaluate(module: nn.Module, arguments: Arguments) -> list[Tensor]:
     """Everything the module computes: outputs and states, and in training every gradient."""
     training = arguments.leaf.requires_grad
     with torch.set_grad_enabled(training):
-        result = module(arguments.input, arguments.hx)
+        result = module(arguments.input, arguments.hx, **arguments.controls)
     values = [tensor.detach() for tensor in _tensors(result)]
     if training:
         torch.autograd.backward(_output(result), arguments.d_output)
@@ -121,18 +122,19 @@ def timer(module: nn.Module, arguments: Arguments) -> Timer:
     """Inference is a call under no_grad; training, in train(), a forward and a backward call."""
     leaves = [arguments.leaf, *module.parameters()]
     x, hx, d_output = arguments.input, arguments.hx, arguments.d_output
+    controls = arguments.controls
 
     @torch.no_grad()
     def inference() -> float:
         start = perf_counter()
-        module(x, hx)
+        module(x, hx, **controls)
         return perf_counter() - start
 
     def training() -> float:
         for leaf in leaves:
             leaf.grad = None
         start = perf_counter()
-        torch.autograd.backward(_output(module(x, hx)), d_output)
+        torch.autograd.backward(_output(module(x, hx, **controls)), d_output)
         return perf_counter() - start
 
     module.train(arguments.leaf.requires_grad)
