@@ -1,6 +1,7 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with kernels of their own."""
 
 from .convert import convert, to_torch
+from .functional import Regularisers
 from .modules import (
     GRU,
     LSTM,
@@ -14,6 +15,7 @@ from .modules import (
     PeepholeLSTM,
     PeepholeLSTMCell,
     RNNCell,
+    init_forget_bias_,
 )
 from .ops import empty_cache
 from .strategy import force_split
@@ -32,8 +34,10 @@ __all__ = [
     "PeepholeLSTM",
     "PeepholeLSTMCell",
     "RNNCell",
+    "Regularisers",
     "convert",
     "empty_cache",
     "force_split",
+    "init_forget_bias_",
     "to_torch",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _log = logging.getLogger("fused_rnn")
 _strategy_log = logging.getLogger("fused_rnn.strategy")
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Rows of a segment that is computed again, at least: it packs the weights for itself.
+_SEGMENT_ROWS = 512
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # output, h_n, c_n for cells with c, and all states (h, c) where they were asked for.
@@ -97,6 +100,7 @@ def rnn(
     reset_to_initial: bool = False,
     regularisers: Regularisers | None = None,
     return_all_states: bool = False,
+    recompute: bool = False,
 ) -> Result:
     """A stack of recurrent layers over a batch of sequences.
 
@@ -120,6 +124,8 @@ def rnn(
         reset_to_initial: new sequences begin with h0 and c0 instead of zeros.
         regularisers: `Regularisers`; their masks come from torch's generator.
         return_all_states: also the states of every layer after every step.
+        recompute: keep for backward the states between segments of some sqrt(T) steps, and compute
+            the rest again there. Two directions and packed input: layer by layer.
 
     Returns:
         output like `input` with D*R features, contiguous; h_n [L*D, B, R]; c_n [L*D, B, H], or
@@ -155,7 +161,7 @@ def rnn(
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     autocast = torch.is_autocast_enabled("cpu")
-    if route == "fused" and not (autocast or drops or return_all_states):
+    if route == "fused" and not (autocast or drops or return_all_states or recompute):
         return _fused(*call)
     named = _Call(*call)
     if autocast:
@@ -168,8 +174,11 @@ def rnn(
         projected = reference.split_weights(cell, weights, scans)[0].hr is not None
         whole = cell.startswith("rnn") or onednn or projected
         named = _autocast(named, low if whole else None)
-    run = _fused_named if route == "fused" else _reference
-    if return_all_states or (drops and (route == "fused" or variational)):
+    run: Callable[[_Call], Result] = _reference
+    if route == "fused":
+        run = _recomputed if recompute and torch.is_grad_enabled() else _fused_named
+    whole_layers = recompute and (bidirectional or batch_sizes is not None)
+    if return_all_states or whole_layers or (drops and (route == "fused" or variational)):
         return _layer_by_layer(
             named, run, dropout if drops else 0.0, variational, return_all_states
         )
@@ -411,6 +420,7 @@ def _fused(
     bidirectional: bool,
     batch_first: bool,
     controls: Controls | None = None,
+    recompute: bool = False,
 ) -> Result:
     has_c = reference.CELLS[cell].states > 1
     # An exported graph holds nothing but the op: what backward needs would be computed in vain.
@@ -425,7 +435,7 @@ def _fused(
         )
     ):
         output, h_n, *c = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
-            *(cell, num_layers, bidirectional, batch_first, controls),
+            *(cell, num_layers, bidirectional, batch_first, controls, recompute),
             *(input, batch_sizes, h0, c0, *weights),
         )
         c_n, all_c = (*c, None, None)[:2]
@@ -440,6 +450,35 @@ def _fused(
 
 def _fused_named(call: _Call) -> Result:
     return _fused(*call)
+
+
+def _recomputed(call: _Call) -> Result:
+    """Segment by segment, each of which keeps nothing for backward but what it was given."""
+    controls = call.controls or Controls()
+    time = 1 if call.batch_first else 0
+    whole = call.bidirectional or call.batch_sizes is not None or controls.reset_to_initial
+    T = call.input.shape[time]
+    B = call.input.shape[1 - time]
+    size = T if whole else max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
+    h, c = call.h0, call.c0
+    results = []
+    first = 0
+    # By split: the gradient of a narrow view is as large as what it views.
+    for part in torch.split(call.input, size, time):
+        steps = part.shape[time]
+        segment = call
+        if steps < T:
+            own = call.controls and controls.narrow(time, first, steps, T)
+            segment = call._replace(input=part, h0=h, c0=c, controls=own)
+        first += steps
+        result = _fused(*segment, recompute=True)
+        _, h, c, _ = result
+        results.append(result)
+    if len(results) == 1:
+        return results[0]
+    outputs, _, _, every_c = zip(*results, strict=True)
+    all_c = torch.cat(every_c, time) if controls.all_c else None
+    return torch.cat(outputs, time), results[-1][1], c, all_c
 
 
 def _layer_by_layer(

@@ -56,6 +56,7 @@ class _Layer(_Twin, nn.RNNBase):
 
     # None for none, also in layers that convert() has made. May be set at any time.
     regularisers: functional.Regularisers | None = None
+    recompute = False
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class _Layer(_Twin, nn.RNNBase):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         variational: bool = False,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         shares = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
@@ -77,6 +79,8 @@ class _Layer(_Twin, nn.RNNBase):
             if not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"{name} should be a number in range [0, 1], got {values[0]}")
         super().__init__(mode, *args, **kwargs)
+        if recompute:
+            self.recompute = True
         if any(shares) or recurrent_dropout or weight_dropout or variational:
             self.regularisers = functional.Regularisers(
                 *shares, recurrent_dropout, weight_dropout, variational
@@ -88,7 +92,7 @@ class _Layer(_Twin, nn.RNNBase):
             none = functional.Regularisers()
             for name, value in self.regularisers._asdict().items():
                 text += f", {name}={value}" if value != getattr(none, name) else ""
-        return text
+        return text + (", recompute=True" if self.recompute else "")
 
     @property
     def _flat_weights(self) -> list[Any]:
@@ -200,6 +204,7 @@ class _Layer(_Twin, nn.RNNBase):
             reset_to_initial=reset_to_initial,
             regularisers=self.regularisers,
             return_all_states=return_all_states,
+            recompute=self.recompute,
         )
         if packed:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -267,6 +272,8 @@ class LSTM(_Layer):
             et al. 2018).
         variational: `dropout` takes the same features of a sequence at every step (Gal &
             Ghahramani 2016).
+        recompute: keep for backward little more than the output and some states, and compute the
+            gates again there: less memory, one more forward.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` = (h_0 [L*D, B, R],
     c_0 [L*D, B, H]), without B for [T, I], zeros if None. Beyond torch.nn, by keyword:
@@ -900,3 +907,27 @@ class IndRNNCell(RNNCell):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.uniform_(self.weight_hh, 0.0, 1.0)
+
+
+def init_forget_bias_(layer: nn.Module, value: float = 1.0) -> None:
+    """Give the forget gates of an LSTM a bias: open gates remember from the first step on.
+
+    For LSTM layers and cells of fused_rnn and torch.nn, in place: `bias_ih` of the gate becomes
+    `value` and `bias_hh` zero, since their sum is what counts.
+
+    Raises:
+        TypeError: the layer has no forget gate, or no bias.
+
+    Gers, Schmidhuber & Cummins 2000, "Learning to forget"; Jozefowicz, Zaremba & Sutskever 2015,
+    "An empirical exploration of recurrent network architectures", for the value 1.
+    """
+    if not isinstance(layer, LSTM | LSTMCell | nn.LSTM | nn.LSTMCell):
+        raise TypeError(f"a forget gate is in an LSTM, got {type(layer).__name__}")
+    if not layer.bias:
+        raise TypeError("the layer has no bias (bias=False)")
+    H = layer.hidden_size
+    first = 0 if isinstance(layer, CoupledLSTM | CoupledLSTMCell) else H
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.startswith("bias_"):
+                parameter[first : first + H] = value if name.startswith("bias_ih") else 0.0

@@ -62,8 +62,19 @@ def empty_cache() -> None:
         _C.empty_cache()
 
 
+def _infer(question: tuple[Any, ...], controls: Controls | None) -> tuple[Tensor, ...]:
+    return inference(*question) if controls is None else inference_controlled(*question, *controls)
+
+
+def _save(question: tuple[Any, ...], controls: Controls | None) -> tuple[Tensor, ...]:
+    return _forward(*question) if controls is None else _forward_controlled(*question, *controls)
+
+
 class RNNFunction(torch.autograd.Function):
-    """The ops under autograd: (output, h_n), for cells with c (output, h_n, c_n[, all_c])."""
+    """The ops under autograd: (output, h_n), for cells with c (output, h_n, c_n[, all_c]).
+
+    With `recompute` what backward needs is computed there, not kept.
+    """
 
     @staticmethod
     def forward(
@@ -73,6 +84,7 @@ class RNNFunction(torch.autograd.Function):
         bidirectional: bool,
         batch_first: bool,
         controls: Controls | None,
+        recompute: bool,
         input: Tensor,
         batch_sizes: Tensor | None,
         h0: Tensor | None,
@@ -83,10 +95,13 @@ class RNNFunction(torch.autograd.Function):
         question = cell, input, batch_sizes, h0, c0, weights, *options
         masks: tuple[Tensor | None, ...] = ()
         count = 1 + reference.CELLS[cell].states
-        if controls is None:
-            *outputs, saved = _forward(*question)
+        outputs: Sequence[Tensor]
+        saved = None
+        if recompute:
+            outputs = _infer(question, controls)
         else:
-            *outputs, saved = _forward_controlled(*question, *controls)
+            *outputs, saved = _save(question, controls)
+        if controls is not None:
             count += controls.all_c
             masks = controls.masks()
             controls = controls.with_masks(None, None, None, None)
@@ -97,7 +112,7 @@ class RNNFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         d_output, d_h_n, d_c_n, d_all_c = (*d_outputs, None, None)[:4]
         if d_output is None and d_h_n is None and d_c_n is None and d_all_c is None:
             return (None,) * (5 + len(needs))
@@ -112,11 +127,13 @@ class RNNFunction(torch.autograd.Function):
             torch.is_grad_enabled() or transforms_active() or _is_key_included(_VMAP_MODE)
         ):
             tensors = [input, batch_sizes, h0, c0, *weights]
-            return (None,) * 5 + _differentiable_backward(
+            return (None,) * 6 + _differentiable_backward(
                 ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
         need_input, _, need_h0, need_c0, *need_weights = needs
         question = ctx.cell, input, batch_sizes, h0, c0, weights, *ctx.options
+        if saved is None:
+            saved = _save(question, controls)[-1]
         wanted = saved, need_input, need_h0 or need_c0, any(need_weights)
         if controls is None:
             gradients = _backward(d_output, d_h_n, d_c_n, *question, *wanted)
@@ -124,7 +141,7 @@ class RNNFunction(torch.autograd.Function):
             seeds = d_output, d_h_n, d_c_n, d_all_c
             gradients = _backward_controlled(*seeds, *question, *wanted, *controls)
         d_input, d_h0, d_c0, d_weights = gradients
-        return (None,) * 5 + tuple(
+        return (None,) * 6 + tuple(
             [
                 d if need else None
                 for d, need in zip((d_input, None, d_h0, d_c0, *d_weights), needs, strict=True)

@@ -132,6 +132,17 @@ class Controls(NamedTuple):
     def zoned(self) -> bool:
         return self.zoneout_mask is not None or bool(self.zoneout_h or self.zoneout_c)
 
+    def narrow(self, time: int, first: int, steps: int, T: int) -> Controls:
+        """For the steps [first, first + steps) of T, in dimension `time` of the input."""
+        lengths, reset, mask = self.lengths, self.reset, self.zoneout_mask
+        if mask is not None:
+            mask = mask.view(mask.shape[0], T, -1, mask.shape[-1])[:, first : first + steps]
+        return self._replace(
+            lengths=None if lengths is None else (lengths - first).clamp(0, steps),
+            reset=None if reset is None else reset.narrow(time, first, steps),
+            zoneout_mask=None if mask is None else mask.flatten(1, 2),
+        )
+
     def masks(self) -> tuple[Tensor | None, ...]:
         return self.lengths, self.reset, self.zoneout_mask, self.h_mask
 

@@ -490,6 +490,7 @@ CONDITIONS = (
     Shape("values", "LSTM", 4, 3, 5, 6, state=True),
     Shape("ragged", "LSTM", 6, 4, 5, 6, packed=True),
     Shape("reset", "RNN", 6, 4, 5, 6),
+    Shape("recompute", "GRU", 6, 4, 5, 6),
     *(Shape("cell", cell, 6, 4, 5, 6) for cell in conditions.BEYOND),
 )
 
@@ -498,6 +499,9 @@ CONDITIONS = (
 @pytest.mark.parametrize("shape", CONDITIONS, ids=lambda shape: shape.label)
 def test_every_condition_is_measured(shape: Shape, mode: str) -> None:
     jobs = conditions.jobs([shape], [mode], [1])
+    if shape.name == "recompute" and mode == "inference":
+        assert not jobs
+        return
     cases = {"values": conditions.VALUES, "cell": conditions.BEYOND[shape.cell]}
     expected = list(cases.get(shape.name, [shape.name]))
     assert jobs == [conditions.Job(1, shape, mode, case) for case in expected]
@@ -508,7 +512,7 @@ def test_every_condition_is_measured(shape: Shape, mode: str) -> None:
         assert 0 < r.q25 <= r.ratio <= r.q75
         assert min(r.ms, r.base_ms) > 0
         # torch.nn has neither.
-        assert math.isnan(r.torch_ratio) == (shape.name in ("reset", "cell"))
+        assert math.isnan(r.torch_ratio) == (shape.name in conditions.ONLY_OURS)
 
 
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -556,6 +560,10 @@ def test_resets_and_cells_are_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     (_, disturbed), (_, ordinary) = found
     assert 0 < disturbed.controls["reset"].float().mean() < 0.1
     assert not ordinary.controls
+    found.clear()
+    recompute = dataclasses.replace(shape, name="recompute")
+    conditions.measure(conditions.Job(1, recompute, "training", "recompute"), "float32", 0.0)
+    assert [layer.recompute for layer, _ in found] == [True, False]
     found.clear()
     shape = dataclasses.replace(shape, name="cell", cell="GRU")
     conditions.measure(conditions.Job(1, shape, "inference", "CoupledLSTM"), "float32", 0.0)

@@ -5,6 +5,7 @@ busy     every core is kept busy by another program: n threads there, over one t
 ragged   a PackedSequence of random lengths, over a dense batch of as many sequences and rows.
 values   saturated, denormal, zero and NaN numbers, over ordinary ones.
 reset    new sequences that begin inside, with one step of twenty, over none.
+recompute  a layer with recompute=True, over one that saves the gates.
 cell     a cell that torch.nn does not have, over one of ours with as many gates that it has.
 
 The two take turns; so do torch.nn's two, afterwards: who is called after another library finds its
@@ -45,6 +46,7 @@ KINDS = {
     "ragged": Kind(1.15, "ordinary is a dense batch of as many sequences and rows"),
     "values": Kind(1.3, "numbers beside ordinary ones"),
     "reset": Kind(1.05, "a reset at one step of twenty; ordinary is none"),
+    "recompute": Kind(1.6, "recompute=True; ordinary is the gates saved for backward"),
     "cell": Kind(1.3, "a cell beyond torch.nn; ordinary is ours of torch.nn with as many gates"),
 }
 
@@ -111,6 +113,7 @@ def jobs(shapes: Sequence[Shape], modes: Sequence[str], threads: Sequence[int]) 
         for shape in shapes
         if not (shape.name == "busy" and count == 1)  # nobody to wait for
         for mode in modes
+        if not (shape.name == "recompute" and mode == "inference")  # nothing to save
         for case in cases(shape)
     ]
 
@@ -137,10 +140,10 @@ def _disturbed(jobs: Sequence[Job], threads: int, dtype: str, budget: float) -> 
 
 def measure(job: Job, dtype: str, budget: float) -> Condition:
     """What disturbs from within, in this process."""
-    pair = {"ragged": _ragged, "values": _values, "reset": _reset, "cell": _cell}[job.shape.name]
+    pair = PAIRS[job.shape.name]
     times: list[Pairs] = []
     for library in work.LIBRARIES.values():
-        if library is nn and job.shape.name in ("reset", "cell"):
+        if library is nn and job.shape.name in ONLY_OURS:
             times.append([(math.nan, 1.0)])
             continue
         case, base, scale = pair(job, library, dtype)
@@ -183,6 +186,23 @@ def _cell(job: Job, library: Any, dtype: str) -> tuple[Timer, Timer, float]:
     plain, arguments = work.make(library, shape, job.mode, dtype)
     beyond = BEYOND[shape.cell][job.case](shape.I, shape.H, dtype=getattr(torch, dtype))
     return work.timer(beyond, replace(arguments)), work.timer(plain, arguments), 1.0
+
+
+def _recompute(job: Job, library: Any, dtype: str) -> tuple[Timer, Timer, float]:
+    layer, arguments = work.make(library, job.shape, job.mode, dtype)
+    layer.recompute = True  # type: ignore[assignment]
+    ordinary = work.make(library, job.shape, job.mode, dtype)
+    return work.timer(layer, arguments), work.timer(*ordinary), 1.0
+
+
+ONLY_OURS = ("reset", "recompute", "cell")
+PAIRS: dict[str, Callable[[Job, Any, str], tuple[Timer, Timer, float]]] = {
+    "ragged": _ragged,
+    "values": _values,
+    "reset": _reset,
+    "recompute": _recompute,
+    "cell": _cell,
+}
 
 
 def _busy(jobs: Sequence[Job], threads: int, dtype: str, budget: float) -> Iterator[Condition]:

@@ -172,6 +172,7 @@ CONDITIONS = (
         for cell in CELLS
         for B, H in ((1, 256), (32, 128))
     ),
+    *(Shape("recompute", cell, 500, B, H, H) for cell in CELLS for B, H in ((1, 256), (32, 128))),
 )
 
 SUITES = {
