@@ -115,7 +115,7 @@ class RNNFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[6:]
         d_output, d_h_n, d_c_n, d_all_c = (*d_outputs, None, None)[:4]
         if d_output is None and d_h_n is None and d_c_n is None and d_all_c is None:
-            return (None,) * (5 + len(needs))
+            return (None,) * (6 + len(needs))
         input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
         controls: Controls | None = ctx.controls
         if controls is not None:

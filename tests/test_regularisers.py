@@ -1,4 +1,4 @@
-"""The module floor of what acts on the recurrence in training, of all states, and of recomputing."""
+"""The module floor of what acts on the recurrence in training; all states; computing again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def by_steps(
         after = cell(row, seen if name == "LSTM" else seen[0])
         states = change(t, states, after if isinstance(after, tuple) else (after,))
         outputs.append(states[0])
-    return torch.stack(outputs), states if name == "LSTM" else states[0]
+    last = tuple(state.unsqueeze(0) for state in states)
+    return torch.stack(outputs), last
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
