@@ -193,6 +193,8 @@ def _controls(
     if lengths is not None:
         if batch_sizes is not None:
             raise ValueError("lengths belong to a padded input, got a packed one")
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"lengths must be a Tensor, got {type(lengths).__name__}")
         B = input.shape[0 if batch_first else 1]
         if lengths.dim() != 1 or lengths.shape[0] != B:
             raise RuntimeError(f"lengths must have shape [B] = ({B},), got {tuple(lengths.shape)}")
@@ -250,7 +252,9 @@ def _log_strategy(call: _Call) -> None:
     else:
         B, T = call.input.shape[:2] if call.batch_first else call.input.shape[1::-1]
     if call.lengths is not None:
-        T, rows = int(call.lengths.max()), int(call.lengths.sum())
+        T, rows = max(call.lengths.tolist(), default=0), int(call.lengths.sum())
+    if T == 0 or B == 0:
+        return
     I, H = call.input.shape[-1], weights.units
     for backward in (False, True) if torch.is_grad_enabled() else (False,):
         plan = _C.strategy(

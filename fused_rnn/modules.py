@@ -122,7 +122,6 @@ class _Layer(_Twin, nn.RNNBase):
                 data = data.unsqueeze(batch_dim)
                 if lengths is not None:
                     raise ValueError("lengths belong to a batch, got an unbatched input")
-                reset = None if reset is None else reset.unsqueeze(batch_dim)
             if hx is not None:
                 states = self._split(hx)
                 self._check_dims(states, dim)
@@ -143,8 +142,10 @@ class _Layer(_Twin, nn.RNNBase):
             h0 = states[0]
             c0 = states[1] if len(states) > 1 else None
 
-        if isinstance(reset, PackedSequence):
-            reset = reset.data
+        if reset is not None:
+            reset = _mask(reset, input, unbatched)
+            if unbatched:
+                reset = reset.unsqueeze(batch_dim)
         output: Any
         output, h_n, c_n = functional.rnn(
             self._cell,
@@ -337,6 +338,8 @@ class PeepholeLSTM(LSTM):
             setattr(self, name, nn.Parameter(like.new_empty(3 * self.hidden_size)))
             names.append(name)
         self._flat_weights_names = [name for names in self._all_weights for name in names]
+        for name in self._flat_weights_names:  # the order of parameters(), as in every layer
+            self._parameters[name] = self._parameters.pop(name)
         self.reset_parameters()
 
     @property
@@ -373,7 +376,9 @@ class CoupledLSTM(LSTM):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_projection(kwargs)
+        if len(args) > 7:
+            kwargs["proj_size"] = args[7]
+        _refuse_projection(kwargs, "CoupledLSTM")
         # Three gates, as a GRU has.
         super(LSTM, self).__init__("GRU", *args, **kwargs)
         self.mode = "LSTM"
@@ -586,9 +591,31 @@ class IndRNN(RNN):
         return f"ind{self.mode.lower()}"
 
 
-def _refuse_projection(kwargs: dict[str, Any]) -> None:
+def _refuse_projection(kwargs: dict[str, Any], name: str = "RNN or GRU") -> None:
     if "proj_size" in kwargs:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
+
+
+def _mask(reset: Any, input: Any, unbatched: bool) -> Tensor:
+    """`reset` as a tensor in the order of `input`."""
+    packed = isinstance(input, PackedSequence)
+    if packed and isinstance(reset, PackedSequence):
+        if not torch.compiler.is_compiling() and _order(reset) != _order(input):
+            raise ValueError("reset must be packed like input: other lengths or another order")
+        return reset.data
+    if not isinstance(reset, Tensor):
+        also = " or a PackedSequence" if packed else ""
+        raise TypeError(f"reset must be a Tensor{also}, got {type(reset).__name__}")
+    if unbatched and reset.shape != input.shape[:1]:
+        raise RuntimeError(f"reset must have shape [T] = ({len(input)},), got {tuple(reset.shape)}")
+    return reset
+
+
+def _order(packed: PackedSequence) -> tuple[list[int], list[int]]:
+    """How many sequences each step has, and which."""
+    sizes: list[int] = packed.batch_sizes.tolist()
+    order = packed.sorted_indices
+    return sizes, list(range(sizes[0])) if order is None else order.tolist()
 
 
 class _Cell(_Twin, nn.RNNCellBase):

@@ -259,7 +259,7 @@ def rnn(
             **options,
         )
         return output.squeeze(0), input.new_empty(0), None if c is None else c.squeeze(0)
-    if lengths is not None:
+    if lengths is not None and len(lengths):  # a batch of none is padded with nothing
         return _padded_rnn(
             cell, input, lengths, reset, h0, c0, weights, batch_first=batch_first, **options
         )
@@ -306,38 +306,52 @@ def _padded_rnn(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     *,
+    num_layers: int,
+    bidirectional: bool,
     batch_first: bool,
-    **options: Any,
+    reset_to_initial: bool,
+    dropout: float,
+    training: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Every sequence by itself, as long as it is."""
-    scans = split_weights(
-        cell, weights, options["num_layers"] * (2 if options["bidirectional"] else 1)
-    )
-    x = input if batch_first else input.transpose(0, 1)  # [B, T, I]
-    resets = reset if batch_first or reset is None else reset.t()
-    initial = initial_states(cell, x, x.shape[0], h0, c0, scans)
-    T = x.shape[1]
-    outputs, states = [], []
-    for b, length in enumerate(lengths.tolist()):
-        own = [state[:, b : b + 1] for state in initial]
-        features = scans[0].features * (2 if options["bidirectional"] else 1)
-        output = x.new_zeros(0, 1, features)
-        if length:
-            output, *after = rnn(
-                cell,
-                x[b, :length, None],
-                None,
-                own[0],
-                own[1] if len(own) > 1 else None,
-                weights,
-                batch_first=False,
-                reset=None if resets is None else resets[b, :length, None],
-                **options,
-            )
-            own = [state for state in after if state is not None]
-        outputs.append(F.pad(output, (0, 0, 0, 0, 0, T - length)))
-        states.append(own)
-    padded = torch.cat(outputs, 1)
-    h_n, *c_n = (torch.cat(parts, 1) for parts in zip(*states, strict=True))
-    output = padded.transpose(0, 1).contiguous() if batch_first else padded
+    """Layer by layer, and in each every sequence by itself, as long as it is."""
+    x = input.transpose(0, 1) if batch_first else input  # [T, B, I]
+    resets = reset.t() if batch_first and reset is not None else reset
+    directions = 2 if bidirectional else 1
+    scans = split_weights(cell, weights, num_layers * directions)
+    T, B = x.shape[:2]
+    initial = initial_states(cell, x, B, h0, c0, scans)
+    count = len(weights) // num_layers
+    last: list[States] = []
+    for layer in range(num_layers):
+        if layer > 0:
+            x = F.dropout(x, dropout, training)
+        outputs, ends = [], []
+        for b, length in enumerate(lengths.tolist()):
+            if not 0 <= length <= T:
+                raise RuntimeError(
+                    f"lengths must be between 0 and T = {T}, got {length} for sequence {b}"
+                )
+            states = [s[layer * directions : (layer + 1) * directions, b : b + 1] for s in initial]
+            output = x.new_zeros(0, 1, directions * scans[0].features)
+            if length:
+                output, *after = rnn(
+                    cell,
+                    x[:length, b : b + 1],
+                    None,
+                    states[0],
+                    states[1] if len(states) > 1 else None,
+                    weights[layer * count : (layer + 1) * count],
+                    num_layers=1,
+                    bidirectional=bidirectional,
+                    batch_first=False,
+                    reset=None if resets is None else resets[:length, b : b + 1],
+                    reset_to_initial=reset_to_initial,
+                )
+                states = [state for state in after if state is not None]
+            outputs.append(F.pad(output, (0, 0, 0, 0, 0, T - length)))
+            ends.append(states)
+        x = torch.cat(outputs, 1)
+        last.append(tuple(torch.cat(parts, 1) for parts in zip(*ends, strict=True)))
+    h_n, *c_n = (torch.cat(parts) for parts in zip(*last, strict=True))
+    output = x.transpose(0, 1).contiguous() if batch_first else x
     return output, h_n, c_n[0] if c_n else None
