@@ -1,6 +1,7 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with kernels of their own."""
 
 from .convert import convert, to_torch
+from .functional import detach
 from .modules import (
     GRU,
     LSTM,
@@ -33,6 +34,7 @@ __all__ = [
     "PeepholeLSTMCell",
     "RNNCell",
     "convert",
+    "detach",
     "empty_cache",
     "force_split",
     "to_torch",

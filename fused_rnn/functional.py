@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Result = tuple[Tensor, Tensor, Tensor | None]
+State = TypeVar("State")
 
 
 def _onednn_has_bfloat16() -> bool:
@@ -180,6 +181,37 @@ def step(
         named = _autocast(named, low if cell.startswith("rnn") else None)
     output, _, c_n = _fused(*named) if route == "fused" else _reference(named)
     return output, c_n
+
+
+def detach(hx: State) -> State:
+    """The same state, cut off from the computation that led to it.
+
+    For truncated backpropagation through time: the state goes on to the next window, the gradient
+    does not come back through it::
+
+        output, hx = layer(window, fused_rnn.detach(hx))
+
+    Equivalent PyTorch code, for an LSTM::
+
+        hx = tuple(state.detach() for state in hx)
+
+    Args:
+        hx: a tensor, a tuple or list of what is allowed here, or None, which stays None. The
+            result is of the same kind and shares the memory.
+
+    Raises:
+        TypeError: anything else is in it.
+    """
+    result: Any
+    if hx is None or isinstance(hx, Tensor):
+        result = hx if hx is None else hx.detach()
+    elif isinstance(hx, tuple | list):
+        parts = [detach(part) for part in hx]
+        result = type(hx)(*parts) if hasattr(hx, "_fields") else type(hx)(parts)
+    else:
+        kind = type(hx).__name__
+        raise TypeError(f"hx must be a Tensor, or a tuple or list of Tensors, got {kind}")
+    return result  # type: ignore[no-any-return]
 
 
 def _controls(

@@ -596,6 +596,30 @@ def test_traces_unroll_the_reference(kind: str) -> None:
 
 
 @each_kind
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_gets_the_reference_unrolled(kind: str, tmp_path: Any) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = make(fused_rnn, kind, 5, 7)
+
+        def forward(self, input: Tensor, reset: Tensor) -> Tensor:
+            return self.rnn(input, reset=reset)[0]
+
+    model, path = Model().eval(), str(tmp_path / "model.onnx")
+    arguments = INPUT, torch.rand(4, 3) < 0.4
+    torch.onnx.export(model, arguments, path, dynamo=False, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    arguments = torch.randn(4, 3, 5), torch.rand(4, 3) < 0.4
+    names = [value.name for value in session.get_inputs()]
+    feeds = {name: tensor.numpy() for name, tensor in zip(names, arguments, strict=True)}
+    (found,) = session.run(None, feeds)
+    torch.testing.assert_close(torch.from_numpy(found), model(*arguments))
+
+
+@each_kind
 def test_symbolic_trace_keeps_the_layer_a_leaf(kind: str) -> None:
     graph = torch.fx.symbolic_trace(nn.Sequential(make(fused_rnn, kind, 5, 7)))
     assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "output"]
