@@ -2,11 +2,11 @@
 
     python examples/recurrent_ppo.py
 
-A rollout is n_steps x n_envs observations, and in every environment episodes begin at steps of their
-own, from a state of zeros. RecurrentPPO of sb3-contrib therefore walks through a batch step by step
-and multiplies the states by (1 - episode_start) before each call of the LSTM. With
-`reset=episode_starts` the whole batch is one call. This runs both on one rollout, asserts that
-outputs, states and gradients agree, and shows how long each takes.
+A rollout is n_steps x n_envs observations, and in every environment episodes begin at steps of
+their own, from a state of zeros. RecurrentPPO of sb3-contrib therefore walks through a batch step
+by step and multiplies the states by (1 - episode_start) before each call. With
+`reset=episode_starts` the batch is one call. This runs both, asserts that outputs, states and
+gradients agree, and shows how long each takes.
 """
 
 from __future__ import annotations
