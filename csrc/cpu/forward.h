@@ -400,7 +400,7 @@ class ForwardScan : Scan<ForwardProblem> {
       if (p_.h_n)
         store_row(dir.h[parity] + b * Rp_, h_units.begin, h_units.end, p_.R,
                   static_cast<S*>(p_.h_n) + state * p_.R);
-      if (p_.c_n)
+      if (has_c())
         store_row(dir.c + b * Hp_, member.units.begin, member.units.end, p_.H,
                   static_cast<S*>(p_.c_n) + state * p_.H);
     }
