@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, reference
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,6 +81,27 @@ class _Layer(_Twin, nn.RNNBase):
     def _cell(self) -> str:
         """Its name in the ops."""
         return self.mode.lower()
+
+    def _fit_parameters(self) -> None:
+        """Parameters in the shapes of the cell; RNNBase has made those of a layer it knows."""
+        cell, H = reference.CELLS[self._cell], self.hidden_size
+        for names in self._all_weights:
+            if cell.diagonals and cell.recurrent:
+                names.append(names[0].replace("weight_ih", "weight_ch"))
+            like = getattr(self, names[0])
+            for name in names:
+                stem = name.partition("_l")[0]
+                shape: Iterable[int] = (cell.gates * H,)
+                if stem == "weight_ch" or (stem == "weight_hh" and not cell.recurrent):
+                    shape = (cell.diagonals * H,)
+                elif stem == "weight_hr":
+                    shape = getattr(self, name).shape
+                elif stem.startswith("weight"):
+                    shape = *shape, *getattr(self, name).shape[1:]
+                self._parameters.pop(name, None)  # the order of parameters() is that of the ops
+                setattr(self, name, nn.Parameter(like.new_empty(shape)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self.reset_parameters()
 
     def _run(
         self,
@@ -332,15 +353,7 @@ class PeepholeLSTM(LSTM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for names in self._all_weights:
-            name = names[0].replace("weight_ih", "weight_ch")
-            like = getattr(self, names[0])
-            setattr(self, name, nn.Parameter(like.new_empty(3 * self.hidden_size)))
-            names.append(name)
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        for name in self._flat_weights_names:  # the order of parameters(), as in every layer
-            self._parameters[name] = self._parameters.pop(name)
-        self.reset_parameters()
+        self._fit_parameters()
 
     @property
     def _cell(self) -> str:
@@ -379,9 +392,8 @@ class CoupledLSTM(LSTM):
         if len(args) > 7:
             kwargs["proj_size"] = args[7]
         _refuse_projection(kwargs, "CoupledLSTM")
-        # Three gates, as a GRU has.
-        super(LSTM, self).__init__("GRU", *args, **kwargs)
-        self.mode = "LSTM"
+        super().__init__(*args, **kwargs)
+        self._fit_parameters()
 
     @property
     def _cell(self) -> str:
@@ -576,10 +588,7 @@ class IndRNN(RNN):
         if len(args) <= 3:
             kwargs.setdefault("nonlinearity", "relu")
         super().__init__(*args, **kwargs)
-        for names in self._all_weights:
-            recurrent = getattr(self, names[1])
-            setattr(self, names[1], nn.Parameter(recurrent.new_empty(self.hidden_size)))
-        self.reset_parameters()
+        self._fit_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
