@@ -33,6 +33,14 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "INDRNN": ("IndRNN", {}),
     "INDRNN_TANH": ("IndRNN", {"nonlinearity": "tanh"}),
 }
+# A layer that is added arrives tested.
+BEYOND |= {
+    name: (name, {})
+    for name in fused_rnn.__all__
+    if isinstance(getattr(fused_rnn, name), type)
+    and issubclass(getattr(fused_rnn, name), nn.RNNBase)
+    and name not in {known for known, _ in (*KINDS.values(), *BEYOND.values())}
+}
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 
 

@@ -294,7 +294,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-@each_kind
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 def test_names_shapes_and_order_of_the_parameters(kind: str, bias: bool) -> None:
     layer = make(fused_rnn, kind, 5, 7, 2, bias=bias, bidirectional=True)
