@@ -105,9 +105,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, tuple[float, float]]:
     both = [(plain, step_by_step(plain)), (fused, in_one_call(fused))]
     with torch.no_grad():
         inference = medians([lambda f=f: f(*rollout) for _, f in both], options.repeats)
-    training = medians(
-        [lambda m=m, f=f: gradients(m, f, rollout) for m, f in both], options.repeats
-    )
+    calls = [lambda m=m, f=f: gradients(m, f, rollout) for m, f in both]
+    training = medians(calls, options.repeats)
     times = {"inference": tuple(inference), "training": tuple(training)}
     print(
         f"{'median of ' + str(options.repeats):14}{'torch.nn, a call a step':>25}{'one call':>14}"

@@ -254,7 +254,8 @@ class LSTM(_Layer):
     [4*H, I or D*R], `weight_hh_l[k]` [4*H, R], `bias_ih_l[k]`, `bias_hh_l[k]` [4*H],
     `weight_hr_l[k]` [R, H]; the rows in the order i, f, g, o.
 
-    Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTM` does, in its words.
+    Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTM` does, in its words, and for
+    `lengths` and `reset` that do not go with the input.
 
     Precision: bfloat16 and float16 are added up in float32, c is float32, h is rounded at every
     step. Results do not depend on the number of threads and repeat to the bit.
