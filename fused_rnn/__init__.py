@@ -1,7 +1,7 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with kernels of their own."""
 
 from .convert import convert, to_torch
-from .functional import Regularisers
+from .functional import Regularisers, detach
 from .modules import (
     GRU,
     LSTM,
@@ -36,6 +36,7 @@ __all__ = [
     "RNNCell",
     "Regularisers",
     "convert",
+    "detach",
     "empty_cache",
     "force_split",
     "init_forget_bias_",

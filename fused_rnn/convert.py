@@ -92,7 +92,9 @@ def _change_classes(
             if reason is None:
                 _change_class(layer, table[source])
         elif isinstance(layer, tuple(table)):
-            reason = f"{source.__qualname__} is a subclass"
+            ours = source.__module__ == modules.__name__
+            name_of_it = source.__qualname__
+            reason = f"torch.nn has no {name_of_it}" if ours else f"{name_of_it} is a subclass"
         elif isinstance(layer, torch.jit.ScriptModule) and layer.original_name in _NAMES:
             reason = "it is TorchScript"
         else:

@@ -14,7 +14,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ _SEGMENT_ROWS = 512
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # output, h_n, c_n for cells with c, and all states (h, c) where they were asked for.
-
 Result = tuple[Tensor, Tensor, Tensor | None, Any]
+State = TypeVar("State")
 
 
 def _onednn_has_bfloat16() -> bool:
@@ -230,6 +230,37 @@ def step(
     return output, c_n
 
 
+def detach(hx: State) -> State:
+    """The same state, cut off from the computation that led to it.
+
+    For truncated backpropagation through time: the state goes on to the next window, the gradient
+    does not come back through it::
+
+        output, hx = layer(window, fused_rnn.detach(hx))
+
+    Equivalent PyTorch code, for an LSTM::
+
+        hx = tuple(state.detach() for state in hx)
+
+    Args:
+        hx: a tensor, a tuple or list of what is allowed here, or None, which stays None. The
+            result is of the same kind and shares the memory.
+
+    Raises:
+        TypeError: anything else is in it.
+    """
+    result: Any
+    if hx is None or isinstance(hx, Tensor):
+        result = hx if hx is None else hx.detach()
+    elif isinstance(hx, tuple | list):
+        parts = [detach(part) for part in hx]
+        result = type(hx)(*parts) if hasattr(hx, "_fields") else type(hx)(parts)
+    else:
+        kind = type(hx).__name__
+        raise TypeError(f"hx must be a Tensor, or a tuple or list of Tensors, got {kind}")
+    return result  # type: ignore[no-any-return]
+
+
 def _check_masks(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -241,6 +272,8 @@ def _check_masks(
     if lengths is not None:
         if batch_sizes is not None:
             raise ValueError("lengths belong to a padded input, got a packed one")
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"lengths must be a Tensor, got {type(lengths).__name__}")
         B = input.shape[0 if batch_first else 1]
         if lengths.dim() != 1 or lengths.shape[0] != B:
             raise RuntimeError(f"lengths must have shape [B] = ({B},), got {tuple(lengths.shape)}")
@@ -340,7 +373,10 @@ def _log_strategy(call: _Call) -> None:
     else:
         B, T = call.input.shape[:2] if call.batch_first else call.input.shape[1::-1]
     if call.controls is not None and call.controls.lengths is not None:
-        T, rows = int(call.controls.lengths.max()), int(call.controls.lengths.sum())
+        lengths = call.controls.lengths
+        T, rows = max(lengths.tolist(), default=0), int(lengths.sum())
+    if T == 0 or B == 0:
+        return
     I, H = call.input.shape[-1], weights.units
     for backward in (False, True) if torch.is_grad_enabled() else (False,):
         plan = _C.strategy(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, reference
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -122,6 +122,27 @@ class _Layer(_Twin, nn.RNNBase):
         """Its name in the ops."""
         return self.mode.lower()
 
+    def _fit_parameters(self) -> None:
+        """Parameters in the shapes of the cell; RNNBase has made those of a layer it knows."""
+        cell, H = reference.CELLS[self._cell], self.hidden_size
+        for names in self._all_weights:
+            if cell.diagonals and cell.recurrent:
+                names.append(names[0].replace("weight_ih", "weight_ch"))
+            like = getattr(self, names[0])
+            for name in names:
+                stem = name.partition("_l")[0]
+                shape: Iterable[int] = (cell.gates * H,)
+                if stem == "weight_ch" or (stem == "weight_hh" and not cell.recurrent):
+                    shape = (cell.diagonals * H,)
+                elif stem == "weight_hr":
+                    shape = getattr(self, name).shape
+                elif stem.startswith("weight"):
+                    shape = *shape, *getattr(self, name).shape[1:]
+                self._parameters.pop(name, None)  # the order of parameters() is that of the ops
+                setattr(self, name, nn.Parameter(like.new_empty(shape)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self.reset_parameters()
+
     def _run(
         self,
         input: Any,
@@ -163,7 +184,6 @@ class _Layer(_Twin, nn.RNNBase):
                 data = data.unsqueeze(batch_dim)
                 if lengths is not None:
                     raise ValueError("lengths belong to a batch, got an unbatched input")
-                reset = None if reset is None else reset.unsqueeze(batch_dim)
             if hx is not None:
                 states = self._split(hx)
                 self._check_dims(states, dim)
@@ -184,8 +204,10 @@ class _Layer(_Twin, nn.RNNBase):
             h0 = states[0]
             c0 = states[1] if len(states) > 1 else None
 
-        if isinstance(reset, PackedSequence):
-            reset = reset.data
+        if reset is not None:
+            reset = _mask(reset, input, unbatched)
+            if unbatched:
+                reset = reset.unsqueeze(batch_dim)
         output: Any
         output, h_n, c_n, every = functional.rnn(
             self._cell,
@@ -295,7 +317,8 @@ class LSTM(_Layer):
     [4*H, I or D*R], `weight_hh_l[k]` [4*H, R], `bias_ih_l[k]`, `bias_hh_l[k]` [4*H],
     `weight_hr_l[k]` [R, H]; the rows in the order i, f, g, o.
 
-    Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTM` does, in its words.
+    Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTM` does, in its words, and for
+    `lengths` and `reset` that do not go with the input.
 
     Precision: bfloat16 and float16 are added up in float32, c is float32, h is rounded at every
     step. Results do not depend on the number of threads and repeat to the bit.
@@ -398,13 +421,7 @@ class PeepholeLSTM(LSTM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for names in self._all_weights:
-            name = names[0].replace("weight_ih", "weight_ch")
-            like = getattr(self, names[0])
-            setattr(self, name, nn.Parameter(like.new_empty(3 * self.hidden_size)))
-            names.append(name)
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self.reset_parameters()
+        self._fit_parameters()
 
     @property
     def _cell(self) -> str:
@@ -440,10 +457,11 @@ class CoupledLSTM(LSTM):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_projection(kwargs)
-        # Three gates, as a GRU has.
-        super(LSTM, self).__init__("GRU", *args, **kwargs)
-        self.mode = "LSTM"
+        if len(args) > 7:
+            kwargs["proj_size"] = args[7]
+        _refuse_projection(kwargs, "CoupledLSTM")
+        super().__init__(*args, **kwargs)
+        self._fit_parameters()
 
     @property
     def _cell(self) -> str:
@@ -644,10 +662,7 @@ class IndRNN(RNN):
         if len(args) <= 3:
             kwargs.setdefault("nonlinearity", "relu")
         super().__init__(*args, **kwargs)
-        for names in self._all_weights:
-            recurrent = getattr(self, names[1])
-            setattr(self, names[1], nn.Parameter(recurrent.new_empty(self.hidden_size)))
-        self.reset_parameters()
+        self._fit_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -659,9 +674,31 @@ class IndRNN(RNN):
         return f"ind{self.mode.lower()}"
 
 
-def _refuse_projection(kwargs: dict[str, Any]) -> None:
+def _refuse_projection(kwargs: dict[str, Any], name: str = "RNN or GRU") -> None:
     if "proj_size" in kwargs:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
+
+
+def _mask(reset: Any, input: Any, unbatched: bool) -> Tensor:
+    """`reset` as a tensor in the order of `input`."""
+    packed = isinstance(input, PackedSequence)
+    if packed and isinstance(reset, PackedSequence):
+        if not torch.compiler.is_compiling() and _order(reset) != _order(input):
+            raise ValueError("reset must be packed like input: other lengths or another order")
+        return reset.data
+    if not isinstance(reset, Tensor):
+        also = " or a PackedSequence" if packed else ""
+        raise TypeError(f"reset must be a Tensor{also}, got {type(reset).__name__}")
+    if unbatched and reset.shape != input.shape[:1]:
+        raise RuntimeError(f"reset must have shape [T] = ({len(input)},), got {tuple(reset.shape)}")
+    return reset
+
+
+def _order(packed: PackedSequence) -> tuple[list[int], list[int]]:
+    """How many sequences each step has, and which."""
+    sizes: list[int] = packed.batch_sizes.tolist()
+    order = packed.sorted_indices
+    return sizes, list(range(sizes[0])) if order is None else order.tolist()
 
 
 class _Cell(_Twin, nn.RNNCellBase):

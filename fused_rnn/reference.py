@@ -333,7 +333,8 @@ def rnn(
             **options,
         )
         return output.squeeze(0), input.new_empty(0), None if c is None else c.squeeze(0), None
-    if controls.lengths is not None:
+    # A batch of none is padded with nothing.
+    if controls.lengths is not None and len(controls.lengths):
         return _padded_rnn(
             cell, input, h0, c0, weights, batch_first=batch_first, controls=controls, **options
         )
@@ -391,56 +392,70 @@ def _padded_rnn(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     *,
+    num_layers: int,
+    bidirectional: bool,
     batch_first: bool,
     controls: Controls,
-    **options: Any,
+    dropout: float,
+    training: bool,
 ) -> Result:
-    """Every sequence by itself, as long as it is."""
-    directions = 2 if options["bidirectional"] else 1
-    scans = split_weights(cell, weights, options["num_layers"] * directions)
-    x = input if batch_first else input.transpose(0, 1)  # [B, T, I]
-    resets = controls.reset
-    if resets is not None and not batch_first:
+    """Layer by layer, and in each every sequence by itself, as long as it is."""
+    x = input.transpose(0, 1) if batch_first else input  # [T, B, I]
+    resets, mask, h_mask = controls.reset, controls.zoneout_mask, controls.h_mask
+    if batch_first and resets is not None:
         resets = resets.t()
-    initial = initial_states(cell, x, x.shape[0], h0, c0, scans)
-    (B, T), mask, h_mask = x.shape[:2], controls.zoneout_mask, controls.h_mask
-    results = []
+    directions = 2 if bidirectional else 1
+    scans = split_weights(cell, weights, num_layers * directions)
+    T, B = x.shape[:2]
+    if mask is not None:
+        mask = mask.view(len(scans), T, B, -1)
+    initial = initial_states(cell, x, B, h0, c0, scans)
+    count = len(weights) // num_layers
+    last: list[States] = []
+    every_c = []
     assert controls.lengths is not None
-    for b, length in enumerate(controls.lengths.tolist()):
-        own = controls._replace(
-            lengths=None,
-            reset=None if resets is None else resets[b, :length, None],
-            zoneout_mask=None
-            if mask is None
-            else mask.view(-1, T, B, mask.shape[-1])[:, :length, b],
-            h_mask=None if h_mask is None else h_mask[:, b : b + 1],
-        )
-        h, *c = (state[:, b : b + 1] for state in initial)
-        nothing = x.new_zeros(0, 1, directions)
-        result: Result = (
-            nothing.repeat(1, 1, scans[0].features),
-            h,
-            c[0] if c else None,
-            nothing.repeat(1, 1, scans[0].units) if controls.all_c else None,
-        )
-        if length:
-            result = rnn(
-                cell,
-                x[b, :length, None],
-                None,
-                h,
-                c[0] if c else None,
-                weights,
-                batch_first=False,
-                controls=own,
-                **options,
-            )
-        results.append(result)
-    outputs, h_n, c_n, all_c = zip(*results, strict=True)
+    for layer in range(num_layers):
+        if layer > 0:
+            x = F.dropout(x, dropout, training)
+        planes = slice(layer * directions, (layer + 1) * directions)
+        outputs, ends = [], []
+        for b, length in enumerate(controls.lengths.tolist()):
+            if not 0 <= length <= T:
+                raise RuntimeError(
+                    f"lengths must be between 0 and T = {T}, got {length} for sequence {b}"
+                )
+            states = [s[planes, b : b + 1] for s in initial]
+            output = x.new_zeros(0, 1, directions * scans[0].features)
+            all_c = x.new_zeros(0, 1, directions * scans[0].units) if controls.all_c else None
+            if length:
+                output, h, c, all_c = rnn(
+                    cell,
+                    x[:length, b : b + 1],
+                    None,
+                    states[0],
+                    states[1] if len(states) > 1 else None,
+                    weights[layer * count : (layer + 1) * count],
+                    num_layers=1,
+                    bidirectional=bidirectional,
+                    batch_first=False,
+                    controls=controls._replace(
+                        lengths=None,
+                        reset=None if resets is None else resets[:length, b : b + 1],
+                        zoneout_mask=None if mask is None else mask[planes, :length, b],
+                        h_mask=None if h_mask is None else h_mask[planes, b : b + 1],
+                    ),
+                )
+                states = [state for state in (h, c) if state is not None]
+            outputs.append(F.pad(output, (0, 0, 0, 0, 0, T - length)))
+            if all_c is not None:
+                every_c.append(F.pad(all_c, (0, 0, 0, 0, 0, T - length)))
+            ends.append(states)
+        x = torch.cat(outputs, 1)
+        last.append(tuple(torch.cat(parts, 1) for parts in zip(*ends, strict=True)))
+    h_n, *c_n = (torch.cat(parts) for parts in zip(*last, strict=True))
 
-    def pad(parts: Sequence[Tensor]) -> Tensor:
-        rows = torch.cat([F.pad(part, (0, 0, 0, 0, 0, T - len(part))) for part in parts], 1)
+    def laid_out(rows: Tensor) -> Tensor:
         return rows.transpose(0, 1).contiguous() if batch_first else rows
 
-    last_c = None if c_n[0] is None else torch.cat(c_n, 1)
-    return pad(outputs), torch.cat(h_n, 1), last_c, pad(all_c) if controls.all_c else None
+    padded_c = laid_out(torch.cat(every_c, 1)) if every_c else None
+    return laid_out(x), h_n, c_n[0] if c_n else None, padded_c

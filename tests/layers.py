@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
+from fused_rnn.reference import Controls
 
 CELL_OF_MODE = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 # The layers of torch.nn by a short name: class and the arguments that make the difference.
@@ -24,6 +25,23 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "RNN": ("RNN", {}),
     "RNN_RELU": ("RNN", {"nonlinearity": "relu"}),
 }
+# The layers that torch.nn does not have.
+BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "PEEPHOLE": ("PeepholeLSTM", {}),
+    "PEEPHOLEP": ("PeepholeLSTM", {"proj_size": 3}),
+    "COUPLED": ("CoupledLSTM", {}),
+    "GRU_BEFORE": ("GRU", {"reset_after": False}),
+    "INDRNN": ("IndRNN", {}),
+    "INDRNN_TANH": ("IndRNN", {"nonlinearity": "tanh"}),
+}
+# A layer that is added arrives tested.
+BEYOND |= {
+    name: (name, {})
+    for name in fused_rnn.__all__
+    if isinstance(getattr(fused_rnn, name), type)
+    and issubclass(getattr(fused_rnn, name), nn.RNNBase)
+    and name not in {known for known, _ in (*KINDS.values(), *BEYOND.values())}
+}
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 
 
@@ -31,7 +49,7 @@ def make(
     library: ModuleType, kind: str, *sizes: int, dtype: torch.dtype | None = None, **options: Any
 ) -> nn.RNNBase:
     """The layer `kind` of `library` (fused_rnn or torch.nn)."""
-    name, fixed = KINDS[kind]
+    name, fixed = {**KINDS, **BEYOND}[kind]
     layer: nn.RNNBase = getattr(library, name)(*sizes, **{**fixed, **options}, dtype=dtype)
     return layer
 
@@ -84,8 +102,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return None if value is None else tuple(map_tensors(function, part) for part in value)
 
 
-def oracle(layer: nn.RNNBase) -> Callable[[Any, Any], Any]:
-    """`layer`, one of torch.nn, computed by `fused_rnn.reference`."""
+def oracle(layer: nn.RNNBase, **controls: Any) -> Callable[[Any, Any], Any]:
+    """`layer`, of torch.nn or ours, computed by `fused_rnn.reference`; controls: lengths, ..."""
+    cell = layer._cell if isinstance(layer, fused_rnn.modules._Layer) else CELL_OF_MODE[layer.mode]
 
     def call(input: Any, hx: Any) -> Any:
         packed = isinstance(input, PackedSequence)
@@ -99,15 +118,16 @@ def oracle(layer: nn.RNNBase) -> Callable[[Any, Any], Any]:
             states = [None if state is None else state[:, order] for state in states]
         output, *ends = by_reference(
             Arguments(
-                CELL_OF_MODE[layer.mode],
+                cell,
                 data,
                 sizes,
                 states[0],
                 states[1] if layer.mode == "LSTM" else None,
-                list(layer.parameters()),
+                [getattr(layer, name) for name in layer._flat_weights_names],
                 layer.num_layers,
                 bool(layer.bidirectional),
                 layer.batch_first and not packed,
+                Controls(**controls),
             )
         )
         if unbatched:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -460,3 +460,39 @@ def test_a_batch_of_none_has_zero_gradients(kind: str) -> None:
     layer(input)[0].sum().backward()
     assert input.grad.shape == (4, 0, 5)
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())
+
+
+class Nested(NamedTuple):
+    actor: Any
+    critic: Any
+
+
+def test_detach_keeps_the_form_and_the_memory() -> None:
+    h, c = (torch.randn(3, requires_grad=True) * 2 for _ in range(2))
+    assert fused_rnn.detach(None) is None
+    for hx in (h, (h, c), [h, None], Nested((h, c), h), ((h,), [c, (h, c)])):
+        found = fused_rnn.detach(hx)
+        assert type(found) is type(hx)
+        assert [type(part) for part in found] == [type(part) for part in hx]
+        for mine, given in zip(flatten(found), flatten(hx), strict=True):
+            assert mine.data_ptr() == given.data_ptr()
+            assert given.requires_grad
+            assert not mine.requires_grad
+    for wrong in (3.0, "h", (h, 1), {"h": h}):
+        with pytest.raises(TypeError, match="hx must be a Tensor, or a tuple or list of Tensors"):
+            fused_rnn.detach(wrong)
+
+
+@each_kind
+def test_truncated_backpropagation_through_time(kind: str) -> None:
+    """A window learns from the state before it and nothing learns through it."""
+    gradients = []
+    for layer in twins(kind, 5, 7):
+        windows = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(1))
+        first, second = (window.requires_grad_() for window in windows.unbind())
+        _, hx = layer(first)
+        output, _ = layer(second, fused_rnn.detach(hx))
+        output.square().sum().backward()
+        assert first.grad is None
+        gradients.append([second.grad, *(p.grad for p in layer.parameters())])
+    close(*gradients)

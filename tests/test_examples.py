@@ -1,8 +1,9 @@
-"""The examples learn: shortened runs, held against what a guess without a network would reach."""
+"""The examples learn, and say what is so: shortened runs, held against what needs no network."""
 
 from __future__ import annotations
 
 import math
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,36 @@ def test_char_lm_starts_the_text_again_at_its_end(tmp_path: Path) -> None:
     bits = example("char_lm")["main"](argv.split())
     assert len(bits) == 40
     assert bits[-1] < 0.5 * bits[0]
+
+
+def test_recurrent_ppo_agrees_with_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--steps 20 --envs 3 --features 5 --hidden 16 --episode 5 --repeats 3"
+    times = example("recurrent_ppo")["main"](argv.split())
+    assert list(times) == ["inference", "training"]
+    printed = capsys.readouterr().out
+    started = re.search(r"20 steps x 3 environments, (\d+) episodes start;", printed)
+    assert started
+    assert 0 < int(started[1]) < 60
+    for mode, (loop, one) in times.items():
+        assert re.search(rf"{mode} +{loop:.2f} ms +{one:.2f} ms +{loop / one:.1f} times", printed)
+
+
+def test_recurrent_ppo_notices_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its assertion holds for equal layers only: here one forgets to reset."""
+    module = example("recurrent_ppo")
+
+    def forgetful(lstm: Any) -> Any:
+        return lambda features, state, episode_starts: lstm(features, state)
+
+    monkeypatch.setitem(module["main"].__globals__, "in_one_call", forgetful)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        module["main"]("--steps 20 --envs 3 --hidden 16 --episode 5 --repeats 1".split())
+
+
+def test_streaming_removes_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--steps 120 --hidden 48 --batch 8 --window 20 --seconds 1"
+    results = example("streaming")["main"](argv.split())
+    assert results["denoised"] < 0.5 * results["noisy"] < results["before training"]
+    printed = capsys.readouterr().out
+    assert f"denoised   {results['denoised']:.4f}" in printed
+    assert "100 frames of 10 ms, each done in" in printed
