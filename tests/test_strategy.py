@@ -73,6 +73,14 @@ def test_two_directions_have_a_thread_each_where_the_call_is_worth_it() -> None:
     assert plan(50, 64, 128, directions=2, threads=7)["threads"] == 6
 
 
+@pytest.mark.parametrize("position", range(4))
+def test_sizes_of_nothing_raise(position: int) -> None:
+    sizes = [3, 3, 3, 3]
+    sizes[position] = 0
+    with pytest.raises(ValueError, match="must be at least 1"):
+        _C.strategy("lstm", *sizes)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_no_more_threads_than_there_are_parts(threads: int) -> None:
     for sizes, options in (((9, 3, 20), {}), ((50, 1, 256), {}), ((500, 1, 64), {"layers": 3})):

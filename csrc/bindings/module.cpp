@@ -162,6 +162,8 @@ double stream_rate(int64_t bytes, int threads) {
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
                   int64_t layers, int64_t directions, int64_t rows, int threads, bool backward,
                   bool busy, int64_t l2, int64_t l3) {
+  if (std::min({T, B, I, H, layers, directions, int64_t(threads)}) < 1)
+    throw py::value_error("T, B, I, H, layers, directions and threads must be at least 1");
   Stack stack;
   Weights weights;
   if (proj) weights.hr = &weights;  // only asked whether it is there
