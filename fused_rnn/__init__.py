@@ -1,6 +1,7 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with kernels of their own."""
 
 from .convert import convert, to_torch
+from .freeze import FrozenCell, FrozenLayer, freeze
 from .modules import (
     GRU,
     LSTM,
@@ -25,6 +26,8 @@ __all__ = [
     "RNN",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "FrozenCell",
+    "FrozenLayer",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -35,5 +38,6 @@ __all__ = [
     "convert",
     "empty_cache",
     "force_split",
+    "freeze",
     "to_torch",
 ]

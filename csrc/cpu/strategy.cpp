@@ -211,6 +211,7 @@ Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machi
     const int64_t bytes = 4 * cell.gates * stack.H * stack.R;
     plan.pack_hh = T >= kStepsWorthPacking && bytes < machine.l3 / 2;
   }
+  if (stack.frozen()) plan.pack_ih = plan.pack_hh = true;
   int64_t rows = B;
   if (plan.split == Split::kNone || plan.split == Split::kRows) {
     const int64_t members = std::max<int64_t>(1, team_of(plan.threads, stack.dirs, 0).size());
