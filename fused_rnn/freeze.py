@@ -124,7 +124,14 @@ class _Frozen(nn.Module):
     """What frozen layers and cells share: packed weights, and that nothing changes them."""
 
     # Facts about the layer that programs ask for.
-    _facts: tuple[str, ...] = ("input_size", "hidden_size", "bias", "nonlinearity", "reset_after")
+    _facts: tuple[str, ...] = (
+        "input_size",
+        "hidden_size",
+        "bias",
+        "nonlinearity",
+        "reset_after",
+        "_op",
+    )
     _cell = ""  # its name in the ops
     _live: Any  # the class of the layer it was made from: its checks and its forward
     input_size: int
@@ -138,10 +145,10 @@ class _Frozen(nn.Module):
         self._live = _LIVE[kind]
         self._description = f"{kind.__name__}, {layer.extra_repr()}"
         for fact in self._facts:
-            if hasattr(layer, fact):
-                setattr(self, fact, getattr(layer, fact))
-        if hasattr(self._live, "reset_after") and not hasattr(layer, "reset_after"):
-            self.reset_after = True
+            for owner in (layer, self._live):  # torch's layers do not have all of ours
+                if hasattr(owner, fact):
+                    setattr(self, fact, getattr(owner, fact))
+                    break
         self._cell = self._live._cell.fget(self)
         self._has_c = reference.CELLS[self._cell].states > 1
         self._dtype = weights[0].dtype
@@ -180,6 +187,9 @@ class _Frozen(nn.Module):
                 f"{prefix[:-1] or 'the model'} is frozen and takes no weights: load them into the "
                 "model that it was made from, and freeze that"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()  # RNNBase leaves out what is not there
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]

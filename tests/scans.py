@@ -169,6 +169,15 @@ def by_ops(args: Arguments) -> tuple[Tensor, ...]:
     return (output, h_n, c_n) if fused_rnn._C.cells()[args.cell]["states"] > 1 else (output, h_n)
 
 
+def packed(args: Arguments) -> tuple[Any, ...]:
+    """The arguments of `torch.ops.fused_rnn.frozen` for this question."""
+    scans = args.num_layers * (2 if args.bidirectional else 1)
+    first = reference.split_weights(args.cell, args.weights, scans)[0]
+    blocks = ops.pack(args.cell, args.weights, args.num_layers, args.bidirectional)
+    proj = 0 if first.hr is None else first.features
+    return *args[:5], blocks, first.units, proj, *args[6:]
+
+
 def seeds_like(
     outputs: Iterable[Tensor], dtype: torch.dtype | None = None, seed: int = 1
 ) -> list[Tensor]:
