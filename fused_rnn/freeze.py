@@ -170,7 +170,7 @@ class _Frozen(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        moved = fn(torch.empty(0, dtype=self._dtype))
+        moved = fn(torch.empty(0, dtype=self._dtype, device="cpu"))
         if moved.dtype != self._dtype or not moved.is_cpu:
             raise RuntimeError(
                 f"a {type(self).__name__} stays as it was packed, {self._dtype} on the CPU: change "
@@ -204,7 +204,7 @@ class _Frozen(nn.Module):
             )
         # The op checks what the weights were packed for, and with no sequences does nothing else.
         shape = [1, 0] if isinstance(self, FrozenLayer) else [0]
-        nothing = torch.empty([*shape, self.input_size], dtype=self._dtype)
+        nothing = torch.empty([*shape, self.input_size], dtype=self._dtype, device="cpu")
         ops.frozen(self._cell, nothing, None, None, None, *self._arguments[:-1], False)
 
 

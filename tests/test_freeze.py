@@ -167,7 +167,7 @@ def test_results_do_not_depend_on_threads(kind: str) -> None:
     layer = LAYERS[kind](num_layers=2)
     frozen, input = freeze(layer), torch.randn(9, 2, 5)
     expected = results(frozen, input)
-    splits = ["rows", "layers"] + ["units"] * (kind != "LSTMP")
+    splits = ["rows", "layers"]
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         assert_same(results(frozen, input), expected)

@@ -258,7 +258,9 @@ class Call {
 
   template <class Planner>
   cpu::Plan plan(Planner planner) const {
-    const cpu::Machine machine = cpu::this_machine(int(torch::stable::get_num_threads()));
+    cpu::Machine machine = cpu::this_machine(int(torch::stable::get_num_threads()));
+    if (stack.frozen())
+      machine.unit_step = cpu::chosen_isa().packing[int(dtype)].panel_step(kernels->info);
     const cpu::Plan plan = planner(stack, kernels->info, machine);
     if (!plan.possible) {
       const int split = int(*machine.forced);

@@ -17,8 +17,7 @@ class ForwardScan : Scan<ForwardProblem> {
       : Scan(cell.info, problem, plan), cell_(cell), G_(cell.info.gates) {}
 
   void lay_out(Arena& arena) {
-    // Frozen panels are those of all units, so members divide whole panels among them.
-    lay_out_teams(arena, p_.frozen() ? panel_step<A>(info_) : kUnitPad);
+    lay_out_teams(arena);
     const int64_t chunk_rows = part_rows_ * plan_.chunk_steps;
     directions_ = arena.take<Direction>(slots_of_work());
     for (int64_t slot = 0; slot < slots_of_work(); ++slot) {

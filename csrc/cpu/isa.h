@@ -34,6 +34,7 @@ struct PackedTag {
 
 // Packs the weights of one layer and direction into a block of so many bytes, behind its tag.
 struct Packing {
+  int64_t (*panel_step)(const CellInfo&);  // Machine::unit_step of a scan over them
   size_t (*bytes)(const CellInfo&, const WeightSizes&);
   void (*pack)(const CellInfo&, const WeightSizes&, const Weights&, void* block);
 };

@@ -108,7 +108,7 @@ constexpr MathFunctions kMath[] = {
 };
 
 template <class S>
-constexpr Packing kPacking = {packed_bytes<S>, pack_weights<S>};
+constexpr Packing kPacking = {panel_step<S>, packed_bytes<S>, pack_weights<S>};
 
 void multiply(int64_t rows, int64_t K, int64_t columns, const float* a, const float* w,
               float* out) {

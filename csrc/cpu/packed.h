@@ -88,8 +88,9 @@ PackedWeights<A> weights_in(void* block, const CellInfo& cell, const WeightSizes
 }
 
 // Units after which a panel begins in every product of a cell.
-template <class A>
+template <class S>
 int64_t panel_step(const CellInfo& cell) {
+  using A = Accumulate<S>;
   int64_t step = kUnitPad;
   const int parts[] = {cell.gates, cell.first_gates, cell.gates - cell.first_gates};
   for (const int gates : parts)

@@ -60,8 +60,7 @@ class Scan {
         everyone_(plan.threads),
         barriers_{Barrier(int(team(0).size())), Barrier(int(team(1).size()))} {}
 
-  // Where members have units of their own, each begins at a multiple of `unit_step`.
-  void lay_out_teams(Arena& arena, int64_t unit_step = kUnitPad) {
+  void lay_out_teams(Arena& arena) {
     progress_ = arena.take<Counter>(by_layers() ? p_.layers : 0);
     for (int64_t layer = 0; progress_ && layer < p_.layers; ++layer) progress_[layer] = Counter();
     for (int64_t d = 0; d < p_.dirs; ++d) {
@@ -75,7 +74,7 @@ class Scan {
         const int index = i % size;
         if (!by_units || index == 0) rows = parts.next();
         members_[d][i] = {index, size, rows,
-                          by_units ? part_of(Hp_, unit_step, index, size) : Range{0, Hp_}};
+                          by_units ? part_of(Hp_, plan_.unit_step, index, size) : Range{0, Hp_}};
       }
     }
   }
