@@ -218,7 +218,7 @@ def frozen(
     A step, input [B, I] without batch_sizes, gives the states [B, H] as output and c_n. Under
     autocast everything is computed in `dtype`.
     """
-    refuse_gradients(input, h0, c0)
+    refuse_all_but_inference(input, h0, c0)
     tensors = [t for t in (input, h0, c0) if t is not None]
     for tensor in tensors:
         if not tensor.is_cpu:
@@ -246,8 +246,8 @@ def frozen(
     return output, h_n, c_n if reference.CELLS[cell].states > 1 else None
 
 
-def refuse_gradients(*tensors: Tensor | None) -> None:
-    """A gradient that a frozen layer does not have raises."""
+def refuse_all_but_inference(*tensors: Tensor | None) -> None:
+    """A gradient that a frozen layer does not have raises, and so does what cannot record it."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             "a frozen layer has no gradients, and an argument requires one: call it under "
@@ -259,6 +259,11 @@ def refuse_gradients(*tensors: Tensor | None) -> None:
         raise RuntimeError(
             "a frozen layer has no gradients: torch.func and forward-mode AD need the layer that "
             "it was made from"
+        )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace, and torch.onnx by its way, cannot record a frozen layer: give them "
+            "the layer that it was made from, or use torch.export"
         )
 
 

@@ -600,6 +600,25 @@ def test_symbolic_trace_keeps_the_layer_a_leaf(kind: str) -> None:
     assert_same(flatten(graph(input)), flatten(model(input)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_trace_says_what_else_there_is(kind: str) -> None:
+    frozen, input = freeze((LAYERS | CELLS)[kind]()), torch.randn(3, 5)
+    for example in (input,) if "Cell" in kind else (input, input[None]):
+        with pytest.raises(RuntimeError, match=r"torch\.export"):
+            torch.jit.trace(frozen, example)
+
+
+def test_frozen_under_inference_mode_and_used_outside() -> None:
+    layer, input = fused_rnn.GRU(5, 19), torch.randn(T, B, 5)
+    with torch.inference_mode():
+        frozen = freeze(layer)
+    assert_same(flatten(frozen(input)), results(layer, input))
+    with torch.device("meta"):  # where new tensors would go
+        frozen.float()
+        copy.deepcopy(frozen)
+
+
 def test_script_says_what_else_there_is() -> None:
     with pytest.raises(NotImplementedError, match=r"torch\.export"):
         torch.jit.script(freeze(nn.LSTM(5, 7)))
