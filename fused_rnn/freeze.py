@@ -64,11 +64,8 @@ def freeze(
     for name, layer in model.named_modules():
         kind = parametrize.type_before_parametrizations(layer)
         if kind in _LIVE:
-            made = (
-                _freeze(layer)
-                if filter_fn is None or filter_fn(layer, name)
-                else "filter_fn said no"
-            )
+            wanted = filter_fn is None or filter_fn(layer, name)
+            made = _freeze(layer) if wanted else "filter_fn said no"
         elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(layer, _Frozen):
             made = f"{kind.__qualname__} is a subclass"
         elif isinstance(layer, torch.jit.ScriptModule) and layer.original_name in NAMES:
@@ -78,7 +75,9 @@ def freeze(
         if not isinstance(made, str):
             frozen[id(layer)] = made
         report(name, f"skipped: {made}" if isinstance(made, str) else "frozen")
-    return copy.deepcopy(model, frozen).eval().requires_grad_(False)
+    twin = copy.deepcopy(model, frozen)
+    twin.eval()
+    return twin.requires_grad_(False)
 
 
 def _freeze(layer: Any) -> FrozenLayer | FrozenCell | str:
@@ -99,9 +98,8 @@ def _freeze(layer: Any) -> FrozenLayer | FrozenCell | str:
             return f"there are no kernels for {weight.dtype} here"
     if not weights[0].numel():  # weight_ih [G*H, I]
         return "there are no kernels for layers without features or without units"
-    return (
-        FrozenLayer(layer, weights) if isinstance(layer, nn.RNNBase) else FrozenCell(layer, weights)
-    )
+    kind = FrozenLayer if isinstance(layer, nn.RNNBase) else FrozenCell
+    return kind(layer, weights)
 
 
 def _weights(layer: Any) -> list[Tensor]:
