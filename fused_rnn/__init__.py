@@ -1,6 +1,7 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with kernels of their own."""
 
 from .convert import convert, to_torch
+from .freeze import FrozenCell, FrozenLayer, freeze
 from .functional import Regularisers, detach
 from .modules import (
     GRU,
@@ -27,6 +28,8 @@ __all__ = [
     "RNN",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "FrozenCell",
+    "FrozenLayer",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -39,6 +42,7 @@ __all__ = [
     "detach",
     "empty_cache",
     "force_split",
+    "freeze",
     "init_forget_bias_",
     "to_torch",
 ]

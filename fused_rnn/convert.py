@@ -16,9 +16,9 @@ Model = TypeVar("Model", bound=nn.Module)
 Report = Callable[[str, str], object]
 
 _log = logging.getLogger("fused_rnn")
-_NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
-_TO_FUSED: dict[type, type[nn.Module]] = {getattr(nn, n): getattr(modules, n) for n in _NAMES}
-_TO_TORCH: dict[type, type[nn.Module]] = {ours: plain for plain, ours in _TO_FUSED.items()}
+NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+TO_FUSED: dict[type, type[nn.Module]] = {getattr(nn, n): getattr(modules, n) for n in NAMES}
+_TO_TORCH: dict[type, type[nn.Module]] = {ours: plain for plain, ours in TO_FUSED.items()}
 
 
 def convert(
@@ -54,7 +54,7 @@ def convert(
             return "filter_fn said no"
         return None
 
-    return _change_classes(model, _TO_FUSED, objection, report)
+    return _change_classes(model, TO_FUSED, objection, report)
 
 
 def to_torch(model: Model, *, report: Report | None = None) -> Model:
@@ -95,7 +95,7 @@ def _change_classes(
             ours = source.__module__ == modules.__name__
             name_of_it = source.__qualname__
             reason = f"torch.nn has no {name_of_it}" if ours else f"{name_of_it} is a subclass"
-        elif isinstance(layer, torch.jit.ScriptModule) and layer.original_name in _NAMES:
+        elif isinstance(layer, torch.jit.ScriptModule) and layer.original_name in NAMES:
             reason = "it is TorchScript"
         else:
             continue

@@ -28,7 +28,8 @@ from .reference import Controls
 _log = logging.getLogger("fused_rnn")
 _strategy_log = logging.getLogger("fused_rnn.strategy")
 
-_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NO_STEPS = "Expected sequence length to be larger than 0 in RNN"  # torch's words
 # Rows of a segment that is computed again, at least: it packs the weights for itself.
 _SEGMENT_ROWS = 512
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -159,7 +160,7 @@ def rnn(
     if route == "torch":
         return _torch(_Call(*call), dropout, training)
     if input.shape[1 if batch_first else 0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        raise RuntimeError(_NO_STEPS)
     autocast = torch.is_autocast_enabled("cpu")
     if route == "fused" and not (autocast or drops or return_all_states or recompute):
         return _fused(*call)
@@ -200,14 +201,7 @@ def step(
 
     input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent.
     """
-    weights = [weight_ih, weight_hh]
-    if bias_ih is not None and bias_hh is not None:
-        weights += bias_ih, bias_hh
-    elif bias_ih is not None or bias_hh is not None:
-        zeros = weight_hh.new_zeros(weight_hh.shape[0])
-        weights += zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh
-    if weight_ch is not None:
-        weights.append(weight_ch)
+    weights = cell_weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch)
     call = cell, input, None, h, c, weights, 1, False, False
     route = _route(*call)
     if route == "torch":
@@ -228,6 +222,98 @@ def step(
         named = _autocast(named, low if cell.startswith("rnn") else None)
     output, _, c_n, _ = _fused(*named) if route == "fused" else _reference(named)
     return output, c_n
+
+
+def cell_weights(
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_ch: Tensor | None,
+) -> list[Tensor]:
+    """A cell's weights as the ops take them."""
+    weights = [weight_ih, weight_hh]
+    if bias_ih is not None and bias_hh is not None:
+        weights += bias_ih, bias_hh
+    elif bias_ih is not None or bias_hh is not None:
+        zeros = weight_ih.new_zeros(weight_ih.shape[0])
+        weights += zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh
+    if weight_ch is not None:
+        weights.append(weight_ch)
+    return weights
+
+
+def frozen(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    packed: Sequence[Tensor],
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    *,
+    dtype: torch.dtype,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_to_initial: bool = False,
+) -> Result:
+    """`rnn` with weights that `ops.pack` has packed, of `dtype`; no gradients.
+
+    A step, input [B, I] without batch_sizes, gives the states [B, H] as output and c_n. Under
+    autocast everything is computed in `dtype`.
+    """
+    refuse_all_but_inference(input, h0, c0)
+    tensors = [t for t in (input, h0, c0) if t is not None]
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            raise RuntimeError(
+                "a frozen layer runs on the CPU, where its weights were packed: "
+                f"got a tensor on {tensor.device}"
+            )
+    if torch.is_autocast_enabled("cpu") and all(t.dtype in _AUTOCAST_DTYPES for t in tensors):
+        input = input.to(dtype)
+        h0 = None if h0 is None else h0.to(dtype)
+        c0 = None if c0 is None else c0.to(dtype)
+    if input.dtype != dtype:
+        raise RuntimeError(f"input must have the dtype of the weights, {dtype}, got {input.dtype}")
+    step = batch_sizes is None and input.dim() == 2
+    batch_first = batch_first and batch_sizes is None
+    if not step and input.shape[1 if batch_first else 0] == 0:
+        raise RuntimeError(_NO_STEPS)
+    question = cell, input, batch_sizes, h0, c0, packed, hidden_size, proj_size
+    options = num_layers, bidirectional, batch_first
+    if lengths is None and reset is None:
+        output, h_n, c_n = ops.frozen(*question, *options)
+    else:
+        lengths, reset = _check_masks(input, batch_sizes, batch_first, lengths, reset)
+        controls = Controls(lengths, reset, reset_to_initial)
+        output, h_n, c_n, _ = ops.frozen_controlled(*question, *options, *controls)
+    return output, h_n, c_n if reference.CELLS[cell].states > 1 else None, None
+
+
+def refuse_all_but_inference(*tensors: Tensor | None) -> None:
+    """A gradient that a frozen layer does not have raises, and so does what cannot record it."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "a frozen layer has no gradients, and an argument requires one: call it under "
+            "torch.no_grad() or torch.inference_mode(), or use the layer it was made from"
+        )
+    if not torch.compiler.is_compiling() and (
+        ops.transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0
+    ):
+        raise RuntimeError(
+            "a frozen layer has no gradients: torch.func and forward-mode AD need the layer that "
+            "it was made from"
+        )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace, and torch.onnx by its way, cannot record a frozen layer: give them "
+            "the layer that it was made from, or use torch.export"
+        )
 
 
 def detach(hx: State) -> State:
@@ -411,7 +497,7 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
     for tensor in tensors:
         if not tensor.is_cpu:
             return "torch", f"there are no kernels for {tensor.device.type}"
-    if tensors[0].dtype not in _FUSED_DTYPES:
+    if tensors[0].dtype not in FUSED_DTYPES:
         return "torch", f"there are no kernels for {tensors[0].dtype}"
     if not tensors[1].numel():  # weight_ih [G*H, I]
         return "torch", "there are no kernels for layers without features or without units"

@@ -153,16 +153,7 @@ class _Layer(_Twin, nn.RNNBase):
         return_all_states: bool = False,
     ) -> tuple[Any, Tensor, Tensor | None, Any]:
         """(output, h_n, c_n, all states or None), after torch's checks in torch's order."""
-        weights = []
-        parameters = self._parameters
-        for name in self._flat_weights_names:
-            weight: Any = parameters.get(name)  # much faster than getattr
-            if weight is None:  # a parametrization, pruning or a replica has it elsewhere
-                weight = getattr(self, name)
-                if weight is None:
-                    raise TypeError(f"{name} must be a Tensor, got None")
-            weights.append(weight)
-
+        weights = self._read_weights()
         states: tuple[Tensor, ...] | None = None
         batch_dim = 0 if self.batch_first else 1
         unbatched = False
@@ -209,7 +200,46 @@ class _Layer(_Twin, nn.RNNBase):
             if unbatched:
                 reset = reset.unsqueeze(batch_dim)
         output: Any
-        output, h_n, c_n, every = functional.rnn(
+        output, h_n, c_n, every = self._scan(
+            weights, data, batch_sizes, h0, c0, lengths, reset, reset_to_initial, return_all_states
+        )
+        if packed:
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            if unsorted_indices is not None:
+                h_n = h_n.index_select(1, unsorted_indices)
+                c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
+        elif unbatched:
+            output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
+            c_n = None if c_n is None else c_n.squeeze(1)
+            if every is not None:
+                every = [s if s is None else s.squeeze(batch_dim + 1) for s in every]
+        return output, h_n, c_n, every
+
+    def _read_weights(self) -> list[Any]:
+        weights = []
+        parameters = self._parameters
+        for name in self._flat_weights_names:
+            weight: Any = parameters.get(name)  # much faster than getattr
+            if weight is None:  # a parametrization, pruning or a replica has it elsewhere
+                weight = getattr(self, name)
+                if weight is None:
+                    raise TypeError(f"{name} must be a Tensor, got None")
+            weights.append(weight)
+        return weights
+
+    def _scan(
+        self,
+        weights: list[Any],
+        data: Tensor,
+        batch_sizes: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Any,
+        reset_to_initial: bool,
+        return_all_states: bool,
+    ) -> functional.Result:
+        return functional.rnn(
             self._cell,
             data,
             batch_sizes,
@@ -228,17 +258,6 @@ class _Layer(_Twin, nn.RNNBase):
             return_all_states=return_all_states,
             recompute=self.recompute,
         )
-        if packed:
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            if unsorted_indices is not None:
-                h_n = h_n.index_select(1, unsorted_indices)
-                c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
-        elif unbatched:
-            output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
-            c_n = None if c_n is None else c_n.squeeze(1)
-            if every is not None:
-                every = [s if s is None else s.squeeze(batch_dim + 1) for s in every]
-        return output, h_n, c_n, every
 
     def _split(self, hx: Any) -> tuple[Tensor, ...]:
         return (hx,)
@@ -706,6 +725,11 @@ class _Cell(_Twin, nn.RNNCellBase):
 
     _has_peepholes = False
 
+    @property
+    def _cell(self) -> str:
+        """Its name in the ops."""
+        raise NotImplementedError
+
     def _tensor(self, name: str) -> Any:
         """The parameter, or what a parametrization, pruning or a replica has in its place."""
         parameter = self._parameters.get(name)  # much faster than getattr
@@ -719,7 +743,7 @@ class _Cell(_Twin, nn.RNNCellBase):
                     f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead"
                 )
 
-    def _run(self, cell: str, input: Tensor, *states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, input: Tensor, *states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The states after one step, after torch's checks of the sizes."""
         unbatched = input.dim() == 1
         if unbatched:
@@ -740,20 +764,27 @@ class _Cell(_Twin, nn.RNNCellBase):
                     f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, "
                     f"expected {self.hidden_size}"
                 )
-        h, c = functional.step(
-            cell,
+        h, c = self._step(
+            input, states[0] if states else None, states[1] if len(states) > 1 else None
+        )
+        if unbatched:
+            h, c = h.squeeze(0), None if c is None else c.squeeze(0)
+        return h, c
+
+    def _step(
+        self, input: Tensor, h: Tensor | None, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return functional.step(
+            self._cell,
             input,
-            states[0] if states else None,
-            states[1] if len(states) > 1 else None,
+            h,
+            c,
             self._tensor("weight_ih"),
             self._tensor("weight_hh"),
             self._tensor("bias_ih"),
             self._tensor("bias_hh"),
             self._tensor("weight_ch") if self._has_peepholes else None,
         )
-        if unbatched:
-            h, c = h.squeeze(0), None if c is None else c.squeeze(0)
-        return h, c
 
 
 class LSTMCell(_Cell):
@@ -788,6 +819,10 @@ class LSTMCell(_Cell):
 
     _op, _gates = "lstm", 4
 
+    @property
+    def _cell(self) -> str:
+        return self._op
+
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -799,7 +834,7 @@ class LSTMCell(_Cell):
             )
         if hx is not None and len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(self._op, input, *states)
+        h, c = self._run(input, *states)
         assert c is not None
         return h, c
 
@@ -864,13 +899,17 @@ class GRUCell(_Cell):
 
     reset_after = True  # of cells that convert() has made, too
 
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         states = () if hx is None else (hx,)
         self._check_dims("GRUCell", input, states, "hidden")
-        h, _ = self._run("gru" if self.reset_after else "gru_reset_before", input, *states)
+        h, _ = self._run(input, *states)
         return h
 
 
@@ -907,12 +946,16 @@ class RNNCell(_Cell):
 
     _op = "rnn"
 
+    @property
+    def _cell(self) -> str:
+        return f"{self._op}_{self.nonlinearity}"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         states = () if hx is None else (hx,)
         self._check_dims("RNNCell", input, states, "hidden")
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        h, _ = self._run(f"{self._op}_{self.nonlinearity}", input, *states)
+        h, _ = self._run(input, *states)
         return h
 
 

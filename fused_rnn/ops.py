@@ -1,7 +1,7 @@
 """torch's side of the library: loads it, tells its shapes, makes it differentiable.
 
-The ops are `torch.ops.fused_rnn.inference`, `forward` and `backward`; docs/design.md has their
-arguments. When they are called is decided in `functional`.
+The ops are `torch.ops.fused_rnn.inference`, `forward` and `backward`, and for frozen weights `pack`
+and `frozen`; docs/design.md has their arguments. When they are called is decided in `functional`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ except ImportError as error:
 # Called directly where no gradient is needed.
 inference: Callable[..., tuple[Tensor, Tensor, Tensor]]
 inference_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+frozen: Callable[..., tuple[Tensor, Tensor, Tensor]]
+frozen_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+pack: Callable[..., list[Tensor]]
 _forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 _forward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
@@ -205,16 +208,82 @@ def _fake_inference(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, h0, c0, *weights)
+    scans = num_layers * (2 if bidirectional else 1)
+    first = reference.split_weights(cell, weights, scans)[0]
+    return _fake_outputs(
+        *(cell, input, batch_sizes, h0, first.units, first.features),
+        *(num_layers, bidirectional, batch_first),
+    )
+
+
+def _fake_frozen(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    packed: list[Tensor],
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, h0, c0, *packed)
+    return _fake_outputs(
+        *(cell, input, batch_sizes, h0, hidden_size, proj_size or hidden_size),
+        *(num_layers, bidirectional, batch_first),
+    )
+
+
+def _fake_frozen_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (input, hidden_size, bidirectional), controls = (args[1], args[6], args[9]), args[11:]
+    directions = 2 if bidirectional else 1
+    shape = (*input.shape[:-1], directions * hidden_size) if Controls(*controls).all_c else (0,)
+    return *_fake_frozen(*args[:11]), input.new_empty(shape)
+
+
+def _fake_pack(
+    cell: str, weights: list[Tensor], num_layers: int, bidirectional: bool
+) -> list[Tensor]:
+    directions = 2 if bidirectional else 1
+    return [
+        weights[0].new_empty(
+            _C.packed_bytes(
+                *(cell, w.ih.shape[1], w.units, w.features),
+                projected=w.hr is not None,
+                double=w.ih.dtype == torch.float64,
+            ),
+            dtype=torch.uint8,
+        )
+        for w in reference.split_weights(cell, weights, num_layers * directions)
+    ]
+
+
+def _check_devices(input: Tensor, *tensors: Tensor | None) -> None:
     # One meta tensor among real ones brings the call here, where nothing would be computed.
-    for tensor in (h0, c0, *weights):
+    for tensor in tensors:
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(
                 "fused_rnn: all tensors must be on the device of the input, "
                 f"{input.device}, found one on {tensor.device}"
             )
+
+
+def _fake_outputs(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    H: int,
+    R: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
-    first = reference.split_weights(cell, weights, num_layers * directions)[0]
-    R, has_c = first.features, reference.CELLS[cell].states > 1
+    has_c = reference.CELLS[cell].states > 1
     B: int | torch.SymInt
     if batch_sizes is None and input.dim() == 2:  # a step
         output = input.new_empty(input.shape[0], R)
@@ -232,7 +301,7 @@ def _fake_inference(
     h_n = input.new_empty(num_layers * directions, B, R)
     if not has_c:
         return output, h_n, input.new_empty(0)
-    return output, h_n, input.new_empty(num_layers * directions, B, first.units)
+    return output, h_n, input.new_empty(num_layers * directions, B, H)
 
 
 def _fake_inference_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -309,12 +378,18 @@ def _fake_backward_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[
 if available:
     inference = torch.ops.fused_rnn.inference.default
     inference_controlled = torch.ops.fused_rnn.inference.controlled
+    frozen = torch.ops.fused_rnn.frozen.default
+    frozen_controlled = torch.ops.fused_rnn.frozen.controlled
+    pack = torch.ops.fused_rnn.pack.default
     _forward = torch.ops.fused_rnn.forward.default
     _forward_controlled = torch.ops.fused_rnn.forward.controlled
     _backward = torch.ops.fused_rnn.backward.default
     _backward_controlled = torch.ops.fused_rnn.backward.controlled
     torch.library.register_fake("fused_rnn::inference", _fake_inference)
     torch.library.register_fake("fused_rnn::inference.controlled", _fake_inference_controlled)
+    torch.library.register_fake("fused_rnn::frozen", _fake_frozen)
+    torch.library.register_fake("fused_rnn::frozen.controlled", _fake_frozen_controlled)
+    torch.library.register_fake("fused_rnn::pack", _fake_pack)
     torch.library.register_fake("fused_rnn::forward", _fake_forward)
     torch.library.register_fake("fused_rnn::forward.controlled", _fake_forward_controlled)
     torch.library.register_fake("fused_rnn::backward", _fake_backward)

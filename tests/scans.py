@@ -194,6 +194,15 @@ def given(args: Arguments, results: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(itertools.islice(results, count))
 
 
+def packed(args: Arguments) -> tuple[Any, ...]:
+    """The arguments of `torch.ops.fused_rnn.frozen` for this question."""
+    scans = args.num_layers * (2 if args.bidirectional else 1)
+    first = reference.split_weights(args.cell, args.weights, scans)[0]
+    blocks = ops.pack(args.cell, args.weights, args.num_layers, args.bidirectional)
+    proj = 0 if first.hr is None else first.features
+    return *args[:5], blocks, first.units, proj, *args.given()[6:]
+
+
 def seeds_like(
     outputs: Iterable[Tensor], dtype: torch.dtype | None = None, seed: int = 1
 ) -> list[Tensor]:

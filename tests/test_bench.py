@@ -111,7 +111,7 @@ def test_suites_hold_what_they_promise() -> None:
     assert set(SUITES["quick"]) < set(SUITES["all"])
 
 
-@pytest.mark.parametrize("mode", work.MODES)
+@pytest.mark.parametrize("mode", [*work.MODES, work.FROZEN])
 @pytest.mark.parametrize("shape", TINY, ids=lambda shape: f"{shape.cell} {shape.sizes}")
 def test_every_kind_of_shape_is_measured(shape: Shape, mode: str) -> None:
     r = measure.measure(shape, mode, "float32", budget=0.01)
@@ -248,11 +248,19 @@ def test_a_peer_computes_what_we_do(shape: Shape, peer: str) -> None:
     assert timer() > 0
 
 
+def test_the_frozen_layer_is_what_is_timed() -> None:
+    for shape in TINY:
+        ours, _ = work.make(fused_rnn, shape, work.FROZEN, "float32")
+        theirs, _ = work.make(torch.nn, shape, work.FROZEN, "float32")
+        assert isinstance(ours, fused_rnn.FrozenLayer | fused_rnn.FrozenCell)
+        assert type(theirs) is getattr(torch.nn, shape.cell)
+
+
 def test_a_peer_is_measured_in_a_process_of_its_own() -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    jobs = measure.jobs(TINY[2:4], work.MODES, ["onnxruntime"])
-    assert [mode for _, mode, _ in jobs] == ["inference"] * 2
+    jobs = measure.jobs(TINY[2:4], [*work.MODES, work.FROZEN], ["onnxruntime"])
+    assert [mode for _, mode, _ in jobs] == ["inference", "frozen"] * 2
     for (shape, *_), r in zip(jobs, measure.measure_all(jobs, [2], "float32", 0.01), strict=True):
         assert isinstance(r, Result)
         assert (r.shape, r.threads, r.peer) == (shape, 2, "onnxruntime")
@@ -324,6 +332,7 @@ def test_a_peer_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
         ("--peer openvino --dtype float64", "openvino is measured in float32 only"),
         ("--peer onnxruntime --mode training", "onnxruntime can be measured in inference only"),
         ("--peer onnxruntime --suite conditions", "conditions are compared with torch's only"),
+        ("--mode frozen --memory", "not measured of frozen layers"),
         ("--peer onnxruntime --memory", "memory and conditions are compared with torch's only"),
         ("--suite conditions --filter busy --threads 1", "matters to two threads or more"),
     ],
@@ -781,6 +790,7 @@ def test_a_part_of_a_suite_does_not_take_its_file() -> None:
     assert name() == "quick"
     assert name("--suite", "all", "--mode", "inference", "training") == "all"
     assert name("--cell", "gru", "--mode", "training") == "quick-gru-training"
+    assert name("--mode", "inference", "frozen") == "quick-inference-frozen"
     assert name("--dtype", "bfloat16", "--filter", "x") == "quick-bfloat16-filtered"
     assert name("--peer", "torch", "openvino") == "quick-torch.nn-openvino"
 

@@ -699,6 +699,7 @@ def test_every_layer_and_cell_is_asked() -> None:
         for name in fused_rnn.__all__
         if isinstance(layer := getattr(fused_rnn, name), type)
         and issubclass(layer, nn.RNNBase | nn.RNNCellBase)
+        and not name.startswith("Frozen")
         and not hasattr(nn, name)
     }
     assert exported <= asked

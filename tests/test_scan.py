@@ -22,6 +22,7 @@ from scans import (
     everything,
     judge_scan,
     make_arguments,
+    packed,
     seeds_for,
 )
 from torch import Tensor
@@ -450,6 +451,49 @@ def test_results_do_not_depend_on_the_number_of_threads(
         assert_same(list(ops.inference(*args.given())), expected[:3])
 
 
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("options", structures()[::3] + resets()[::3], ids=describe)
+def test_weights_packed_before_give_the_bits_of_those_packed_in_the_call(
+    cell: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    projections = (0, 5) if cell == "lstm" else (0,)
+    for proj in projections:
+        args = make_arguments(cell, 5, 5, 6, 19, proj=proj, dtype=dtype, **options)
+        assert_same(list(ops.frozen(*packed(args))), list(ops.inference(*args.given())))
+
+
+@each_dtype
+@each_cell
+@pytest.mark.parametrize("sizes", [sizes for sizes in SIZES if sizes[0] * sizes[1] < 8], ids=str)
+def test_few_rows_read_weights_packed_before(
+    cell: str, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Where a call alone would read them as they are, adding up in another order."""
+    args = make_arguments(cell, *sizes, dtype=dtype)
+    torch.testing.assert_close(ops.frozen(*packed(args)), ops.inference(*args.given()))
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("H", [16, 19, 48, 150, 250])
+def test_frozen_results_do_not_depend_on_threads_and_splits(
+    cell: str, dtype: torch.dtype, H: int
+) -> None:
+    """Panels are those of all units: members of any number and size meet the same ones."""
+    args = make_arguments(cell, 9, 2, 5, H, layers=2, bidirectional=H == 48, dtype=dtype)
+    torch.set_num_threads(1)
+    expected = list(ops.frozen(*packed(args)))
+    # A panel of a cell with one gate has up to 64 units.
+    splits = [None, "none", "rows"] + ["units"] * (H > 64) + ["layers"] * (not args.bidirectional)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        for split in splits:
+            if split == "none" or not (args.bidirectional and threads < 4 and split):
+                with fused_rnn.force_split(split):
+                    assert_same(list(ops.frozen(*packed(args))), expected)
+
+
 @each_cell
 @pytest.mark.parametrize(("sizes", "options"), SHARED, ids=str)
 def test_repeated_calls_agree_bit_for_bit(
@@ -669,6 +713,66 @@ def test_misuse_of_backward_raises(k: int, name: str, tensor: Tensor) -> None:
     assert name in str(error.value)
 
 
+def spoil(blocks: list[Tensor], at: int) -> list[Tensor]:
+    """The last block with another byte."""
+    last = blocks[-1].clone()
+    last[at] += 1
+    return [*blocks[:-1], last]
+
+
+# The tag is layout, isa, cell, dtype (16, 16, 32, 16 characters), I, H, R, projected.
+@pytest.mark.parametrize(
+    ("words", "misuse"),
+    [
+        ("layout", lambda blocks: spoil(blocks, 0)),
+        ("instruction set", lambda blocks: spoil(blocks, 16)),
+        ("cell", lambda blocks: spoil(blocks, 32)),
+        ("dtype", lambda blocks: spoil(blocks, 64)),
+        ("I = 8, but this call needs 7", lambda blocks: spoil(blocks, 80)),
+        ("H = 8", lambda blocks: spoil(blocks, 88)),
+        ("R = 8", lambda blocks: spoil(blocks, 96)),
+        ("projection", lambda blocks: spoil(blocks, 104)),
+        ("bytes", lambda blocks: [blocks[0], blocks[1][:-64]]),
+        ("not what", lambda blocks: [blocks[0], blocks[1][:50]]),
+        ("not what", lambda blocks: [blocks[0].float(), blocks[1]]),
+        ("not what", lambda blocks: [blocks[0].view(-1, 1), blocks[1]]),
+        ("I = 6, but this call needs 7", lambda blocks: [blocks[0], blocks[0]]),
+        ("one tensor for each of 2", lambda blocks: blocks[:1]),
+        ("one tensor for each of 2", lambda blocks: []),
+    ],
+)
+def test_other_packed_weights_raise(words: str, misuse: Any) -> None:
+    before, blocks, after = (lambda f: (f[:5], f[5], f[6:]))(
+        packed(make_arguments("gru", 5, 3, 6, 7, layers=2))
+    )
+    with pytest.raises(RuntimeError, match=words):
+        ops.frozen(*before, misuse(blocks), *after)
+
+
+def test_packed_weights_of_another_call_raise() -> None:
+    args = make_arguments("gru", 5, 3, 6, 7)
+    frozen = packed(args)
+    for words, change in [
+        ("cell gru, but this call needs rnn_relu", {0: "rnn_relu"}),
+        ("dtype float32, but", {1: args.input.double(), 3: None}),
+        ("I = 6, but this call needs 5", {1: args.input[..., 1:]}),
+        ("H = 7, but this call needs 6", {6: 6, 3: None}),
+        ("R = 7, but this call needs 2", {7: 2, 3: None}),
+        ("greater than zero", {6: 0}),
+        ("greater than zero", {7: -1}),
+        ("h0", {3: torch.randn(1, 3, 8)}),
+    ]:
+        changed = [change.get(k, argument) for k, argument in enumerate(frozen)]
+        with pytest.raises(RuntimeError, match=words):
+            ops.frozen(*changed)
+
+
+@pytest.mark.parametrize("weights", [[torch.randn(3)], [torch.randn(3, 3)]])
+def test_pack_checks_its_weights(weights: list[Tensor]) -> None:
+    with pytest.raises(RuntimeError, match="weight"):
+        ops.pack("gru", weights, 1, False)
+
+
 @pytest.mark.parametrize("name", ["input", "h0", "c0", "weights[1]"])
 def test_other_devices_raise(name: str) -> None:
     """A tensor without memory among those that have some must not be read."""
@@ -698,6 +802,8 @@ def test_opcheck(cell: str, options: dict[str, Any]) -> None:
     overload = "controlled" if args.controls.any else "default"
     torch.library.opcheck(getattr(ops.inference, overload), args.given())
     torch.library.opcheck(getattr(ops.forward, overload), args.given())
+    torch.library.opcheck(ops.pack.default, (cell, args.weights, args.num_layers, True))
+    torch.library.opcheck(getattr(ops.frozen, overload), packed(args))
     *outputs, saved = ops.forward(*args.given())
     for needs in ((True, True, True), (True, False, False)):
         arguments = arguments_of_backward(args, seeds_for(tuple(outputs)), saved, needs)

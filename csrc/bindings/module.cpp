@@ -159,6 +159,13 @@ double stream_rate(int64_t bytes, int threads) {
          multiplications_per_second(threads, 1, K, columns);
 }
 
+// How long what `pack` makes of one layer and direction is.
+size_t packed_bytes(const std::string& name, int64_t I, int64_t H, int64_t R, bool projected,
+                    bool as_double) {
+  const DType dtype = as_double ? DType::kFloat64 : DType::kFloat32;
+  return cpu::chosen_isa().packing[int(dtype)].bytes(cell_named(name).info, {I, H, R, projected});
+}
+
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
                   int64_t layers, int64_t directions, int64_t rows, int threads, bool backward,
                   bool busy, int64_t l2, int64_t l3) {
@@ -262,6 +269,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("tile_rate", &tile_rate, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("stream_rate", &stream_rate, py::arg("bytes"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("packed_bytes", &packed_bytes, py::arg("cell"), py::arg("I"), py::arg("H"), py::arg("R"),
+        py::kw_only(), py::arg("projected"), py::arg("double"));
   m.def("cached_bytes", &cached_bytes);
   m.def("empty_cache", &empty_cache);
   m.def("poison_new_memory", &poison_new_memory, py::arg("on"));

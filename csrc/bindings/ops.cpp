@@ -168,11 +168,16 @@ struct Controls {
 };
 const MaybeTensor kNone;
 const Controls kNoControls{kNone, kNone, false, kNone, 0.0, 0.0, kNone, false};
+// Weights packed by an earlier call: what their blocks do not tell before they are trusted.
+struct FrozenSizes {
+  int64_t H;
+  int64_t proj;  // 0 for none
+};
 
 // A call that has been understood: sizes, and every tensor argument checked and kept alive.
 class Call {
  public:
-  Call(const Question& q, const Controls& controls)
+  Call(const Question& q, const Controls& controls, const FrozenSizes* frozen = nullptr)
       : kernels(cpu::find_cell(q.cell.c_str())),
         type(q.input.scalar_type()),
         dtype(dtype_of(type)),
@@ -184,7 +189,7 @@ class Call {
     stack.dirs = q.bidirectional ? 2 : 1;
     read_steps(q.input, q.batch_sizes);
     if (controls.lengths) read_lengths(*controls.lengths, q.batch_sizes);
-    read_weights(q.weights);
+    frozen ? read_frozen(q.weights, *frozen) : read_weights(q.weights);
 
     const Tensor features = with_contiguous_features(q.input);
     keep(features);
@@ -225,7 +230,8 @@ class Call {
 
   // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which
   // costs a small call more than its arithmetic.
-  Tensor empty(const Shape& shape) const {
+  Tensor empty(const Shape& shape) const { return empty(shape, type); }
+  static Tensor empty(const Shape& shape, ScalarType type) {
     AtenTensorHandle handle = nullptr;
     const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
@@ -281,7 +287,9 @@ class Call {
 
   template <class Planner>
   cpu::Plan plan(Planner planner) const {
-    const cpu::Machine machine = cpu::this_machine(int(torch::stable::get_num_threads()));
+    cpu::Machine machine = cpu::this_machine(int(torch::stable::get_num_threads()));
+    if (stack.frozen())
+      machine.unit_step = cpu::chosen_isa().packing[int(dtype)].panel_step(kernels->info);
     const cpu::Plan plan = planner(stack, kernels->info, machine);
     if (!plan.possible) {
       const int split = int(*machine.forced);
@@ -520,6 +528,58 @@ class Call {
     stack.weights = weights_.data();
   }
 
+  // Blocks that `pack` has made: nothing is read from one that is not what this call needs.
+  void read_frozen(const std::vector<Tensor>& blocks, const FrozenSizes& sizes) {
+    const size_t planes = size_t(stack.layers * stack.dirs);
+    check(blocks.size() == planes, "packed must hold one tensor for each of ", planes,
+          " layers and directions, got ", blocks.size());
+    check(sizes.H > 0 && sizes.proj >= 0 && sizes.proj <= sizes.H && stack.I > 0,
+          "input_size and hidden_size must be greater than zero, and proj_size not larger");
+    stack.H = sizes.H;
+    stack.R = sizes.proj ? sizes.proj : sizes.H;
+    weights_.resize(planes);
+    kept_.reserve(4);
+    const cpu::Packing& packing = cpu::chosen_isa().packing[int(dtype)];
+    for (size_t plane = 0; plane < planes; ++plane) {
+      const WeightSizes expected{stack.input_size(int64_t(plane) / stack.dirs), stack.H, stack.R,
+                                 sizes.proj > 0};
+      const Tensor& block = blocks[plane];
+      check(block.is_cpu() && block.scalar_type() == ScalarType::Byte && block.dim() == 1 &&
+                block.is_contiguous() && block.numel() >= int64_t(sizeof(cpu::PackedTag)),
+            "packed[", plane, "] is not what fused_rnn::pack has made");
+      const cpu::PackedTag tag = cpu::tag_for(kernels->info, dtype, expected);
+      if (std::memcmp(block.data_ptr(), &tag, sizeof(tag)) != 0)
+        refuse(plane, *static_cast<const cpu::PackedTag*>(block.data_ptr()), tag);
+      const size_t bytes = packing.bytes(kernels->info, expected);
+      check(size_t(block.numel()) == bytes, "packed[", plane, "] must have ", bytes, " bytes, got ",
+            block.numel());
+      weights_[plane].packed = block.data_ptr();
+      if (expected.projected) weights_[plane].hr = block.data_ptr();
+    }
+    stack.weights = weights_.data();
+  }
+
+  // Says in which of its parts a tag is not the expected one.
+  [[noreturn]] static void refuse(size_t plane, const cpu::PackedTag& got,
+                                  const cpu::PackedTag& expected) {
+    const auto words = [](const auto& field) {
+      return std::string(field, strnlen(field, sizeof(field)));
+    };
+    const auto compare = [&](const char* what, const auto& is, const auto& must) {
+      if (is != must)
+        fail("packed[", plane, "] was packed for ", what, " ", is, ", but this call needs ", must,
+             ": freeze the layer again, here and as it is used");
+    };
+    compare("layout", words(got.layout), words(expected.layout));
+    compare("instruction set", words(got.isa), words(expected.isa));
+    compare("cell", words(got.cell), words(expected.cell));
+    compare("dtype", words(got.dtype), words(expected.dtype));
+    compare("I =", got.I, expected.I);
+    compare("H =", got.H, expected.H);
+    compare("R =", got.R, expected.R);
+    fail("packed[", plane, "] has another projection than this call needs");
+  }
+
   const bool batch_first_;
   bool step_ = false;
   bool packed_ = false;
@@ -573,6 +633,59 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 using AllResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using AllSaved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The weights of each layer and direction, ready for the tile.
+std::vector<Tensor> pack(const std::string& cell, const std::vector<Tensor>& weights,
+                         int64_t num_layers, bool bidirectional) {
+  check(!weights.empty(), "weights must not be empty");
+  // An empty batch of these weights' inputs: they are checked as any call would.
+  check(weights[0].dim() == 2, "weight_ih must have shape [G*H, I], got ",
+        text(weights[0].sizes()));
+  const Tensor input = Call::empty({1, 0, weights[0].size(1)}, weights[0].scalar_type());
+  const Call call({cell, input, kNone, kNone, kNone, weights, num_layers, bidirectional, false},
+                  kNoControls);
+  const CellInfo& info = call.kernels->info;
+  const cpu::Packing& packing = cpu::chosen_isa().packing[int(call.dtype)];
+  std::vector<Tensor> blocks;
+  for (int64_t plane = 0; plane < call.stack.layers * call.stack.dirs; ++plane) {
+    const WeightSizes sizes = call.stack.weight_sizes(plane / call.stack.dirs);
+    const size_t bytes = packing.bytes(info, sizes);
+    Tensor& block = blocks.emplace_back(Call::empty({int64_t(bytes)}, ScalarType::Byte));
+    std::memset(block.data_ptr(), 0, bytes);
+    const cpu::PackedTag tag = cpu::tag_for(info, call.dtype, sizes);
+    std::memcpy(block.data_ptr(), &tag, sizeof(tag));
+    packing.pack(info, sizes, call.stack.weights[plane], block.data_ptr());
+  }
+  return blocks;
+}
+
+// As `inference`, with what `pack` has made in the place of the weights.
+Results frozen(const std::string& cell, const Tensor& input, const MaybeTensor& batch_sizes,
+               const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& packed,
+               int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
+               bool batch_first) {
+  const FrozenSizes sizes{hidden_size, proj_size};
+  Call call({cell, input, batch_sizes, h0, c0, packed, num_layers, bidirectional, batch_first},
+            kNoControls, &sizes);
+  Outputs out = run_forward(call, false);
+  return {std::move(out.output), std::move(out.h_n), std::move(out.c_n)};
+}
+AllResults frozen_controlled(const std::string& cell, const Tensor& input,
+                             const MaybeTensor& batch_sizes, const MaybeTensor& h0,
+                             const MaybeTensor& c0, const std::vector<Tensor>& packed,
+                             int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                             bool bidirectional, bool batch_first, const MaybeTensor& lengths,
+                             const MaybeTensor& reset, bool reset_to_initial,
+                             const MaybeTensor& zoneout_mask, double zoneout_h, double zoneout_c,
+                             const MaybeTensor& h_mask, bool all_c) {
+  const FrozenSizes sizes{hidden_size, proj_size};
+  Call call({cell, input, batch_sizes, h0, c0, packed, num_layers, bidirectional, batch_first},
+            {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask, all_c},
+            &sizes);
+  Outputs out = run_forward(call, false);
+  return {std::move(out.output), std::move(out.h_n), std::move(out.c_n),
+          out.all_c ? *std::move(out.all_c) : call.nothing()};
+}
 
 struct Seeds {
   const MaybeTensor& output;
@@ -740,6 +853,9 @@ Gradients backward_controlled(const MaybeTensor& d_output, const MaybeTensor& d_
 #define FUSED_RNN_CONTROLS                                                        \
   "Tensor? lengths, Tensor? reset, bool reset_to_initial, Tensor? zoneout_mask, " \
   "float zoneout_h, float zoneout_c, Tensor? h_mask, bool all_c"
+#define FUSED_RNN_FROZEN                                                                   \
+  "str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] packed, " \
+  "int hidden_size, int proj_size, int num_layers, bool bidirectional, bool batch_first"
 #define FUSED_RNN_SEEDS "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n"
 #define FUSED_RNN_NEEDS "Tensor saved, bool need_input, bool need_state, bool need_weights"
 #define FUSED_RNN_RESULTS "Tensor output, Tensor h_n, Tensor c_n"
@@ -749,6 +865,10 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def("inference(" FUSED_RNN_QUESTION ") -> (" FUSED_RNN_RESULTS ")");
   m.def("inference.controlled(" FUSED_RNN_QUESTION ", " FUSED_RNN_CONTROLS
         ") -> (" FUSED_RNN_RESULTS ", Tensor all_c)");
+  m.def("pack(str cell, Tensor[] weights, int num_layers, bool bidirectional) -> Tensor[] packed");
+  m.def("frozen(" FUSED_RNN_FROZEN ") -> (" FUSED_RNN_RESULTS ")");
+  m.def("frozen.controlled(" FUSED_RNN_FROZEN ", " FUSED_RNN_CONTROLS ") -> (" FUSED_RNN_RESULTS
+        ", Tensor all_c)");
   m.def("forward(" FUSED_RNN_QUESTION ") -> (" FUSED_RNN_RESULTS ", Tensor saved)");
   m.def("forward.controlled(" FUSED_RNN_QUESTION ", " FUSED_RNN_CONTROLS ") -> (" FUSED_RNN_RESULTS
         ", Tensor all_c, Tensor saved)");
@@ -761,6 +881,9 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("inference", TORCH_BOX(&fused_rnn::inference));
   m.impl("inference.controlled", TORCH_BOX(&fused_rnn::inference_controlled));
+  m.impl("pack", TORCH_BOX(&fused_rnn::pack));
+  m.impl("frozen", TORCH_BOX(&fused_rnn::frozen));
+  m.impl("frozen.controlled", TORCH_BOX(&fused_rnn::frozen_controlled));
   m.impl("forward", TORCH_BOX(&fused_rnn::forward));
   m.impl("forward.controlled", TORCH_BOX(&fused_rnn::forward_controlled));
   m.impl("backward", TORCH_BOX(&fused_rnn::backward));

@@ -72,6 +72,17 @@ struct Weights {
   const void* bias_hh = nullptr;  // [G*H]
   const void* hr = nullptr;       // [R, H], the projection
   const void* diag = nullptr;     // [P*H], recurrent weights of units to themselves
+  // All of them in one block, packed beforehand (cpu/packed.h). The others are then not read; that
+  // hr is there still tells of a projection.
+  const void* packed = nullptr;
+};
+
+// What the parameters of one layer and direction are measured by.
+struct WeightSizes {
+  int64_t I = 0;
+  int64_t H = 0;
+  int64_t R = 0;
+  bool projected = false;
 };
 
 struct WeightGrads {
@@ -106,6 +117,8 @@ struct Stack {
   const void* h_mask = nullptr;  // [L*D, B, R]: multiplies h wherever W_hh does
   bool zoned() const { return zoneout_mask.data || zoneout[0] != 0.0 || zoneout[1] != 0.0; }
   bool projected() const { return weights[0].hr != nullptr; }
+  bool frozen() const { return weights[0].packed != nullptr; }
+  WeightSizes weight_sizes(int64_t layer) const { return {input_size(layer), H, R, projected()}; }
   int64_t input_size(int64_t layer) const { return layer == 0 ? I : dirs * R; }
 };
 

@@ -237,7 +237,8 @@ class BackwardScan : Scan<BackwardProblem> {
       pack(w.ih, G_, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
     pack(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
     if (by_units || member.index == 0)
-      copy_diagonals(static_cast<const S*>(w.diag), member.units, dir.diag);
+      pack_diagonals(static_cast<const S*>(w.diag), info_.diagonals, p_.H, member.units.begin,
+                     member.units.end, dir.diag);
     if (member.index == 0 && dir.zeros) copy_row<A>(nullptr, 0, Hp_, dir.zeros);
   }
 

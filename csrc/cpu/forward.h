@@ -2,7 +2,7 @@
 // step by step the recurrent product with the cell applied to each tile while it is in L1.
 #pragma once
 
-#include "scan.h"
+#include "packed.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
@@ -23,18 +23,8 @@ class ForwardScan : Scan<ForwardProblem> {
     for (int64_t slot = 0; slot < slots_of_work(); ++slot) {
       Direction measured;
       Direction& dir = directions_ ? directions_[slot] : measured;
-      dir.packed_ih = arena.take<A>(plan_.pack_ih ? G_ * Hp_ * widest_ : 0);
-      const int first = info_.two_products() ? info_.first_gates : G_;
-      dir.recurrent[0] = {0, first, nullptr, nullptr};
-      dir.recurrent[1] = {first, G_ - first, nullptr, nullptr};
-      for (Recurrent& product : dir.recurrent) {
-        const bool pack = plan_.pack_hh && info_.recurrent;
-        product.packed = arena.take<A>(pack ? product.gates * Hp_ * p_.R : 0);
-        product.bias = arena.take<A>(product.gates * Hp_);
-      }
-      dir.packed_hr = arena.take<A>(plan_.pack_hh && p_.projected() ? Rp_ * p_.H : 0);
-      dir.bias_ih = arena.take<A>(G_ * Hp_);
-      dir.diag = arena.take<A>(info_.diagonals * Hp_);
+      const WeightSizes largest{widest_, p_.H, p_.R, p_.projected()};
+      if (!p_.frozen()) dir.packed.lay_out(arena, info_, largest, plan_.pack_ih, plan_.pack_hh);
       dir.h[0] = arena.take<A>(steps_.B * Rp_);
       dir.h[1] = arena.take<A>(steps_.B * Rp_);
       dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
@@ -65,29 +55,17 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
  private:
-  // The part of W_hh that is multiplied at once: some gates of it.
-  struct Recurrent {
-    int first;  // gate
-    int gates;
-    A* packed;  // panels of [R, gates*Hp]
-    A* bias;    // [gates*Hp] in panel order
-  };
-
   struct Direction {
-    A* packed_ih;            // panels of [I, G*Hp]
-    A* packed_hr;            // panels of [H, Rp]
-    A* bias_ih;              // [G*Hp] in panel order
-    Recurrent recurrent[2];  // the second has no gates but where a cell has two products
-    A* diag;                 // [P, Hp]
-    A* h[2];                 // [B, Rp]: read at one step, written at the next
-    A* c;                    // [B, Hp]
-    A* unprojected;          // [B, Hp]
-    A* operand;              // [B, Hp], of the second product
-    A* h_mask;               // [B, Rp]
-    A* masked[2];            // [B, Rp]: h times its mask
-    A* gates_x;              // [members, chunk rows, G*Hp] in panel order
-    A* staged;               // [members, chunk rows, I]
-    ForwardStep<S>* steps;   // [members]
+    PackedWeights<A> packed;  // of the layer at work; unused where weights are frozen
+    A* h[2];                  // [B, Rp]: read at one step, written at the next
+    A* c;                     // [B, Hp]
+    A* unprojected;           // [B, Hp]
+    A* operand;               // [B, Hp], of the second product
+    A* h_mask;                // [B, Rp]
+    A* masked[2];             // [B, Rp]: h times its mask
+    A* gates_x;               // [members, chunk rows, G*Hp] in panel order
+    A* staged;                // [members, chunk rows, I]
+    ForwardStep<S>* steps;    // [members]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
                              // of its steps
   };
@@ -98,6 +76,7 @@ class ForwardScan : Scan<ForwardProblem> {
     int64_t d;
     Direction* dir;
     Weights weights;
+    PackedWeights<A> packed;
     int64_t I;
     Sequence input;
     Sequence output;
@@ -109,16 +88,24 @@ class ForwardScan : Scan<ForwardProblem> {
             steps_.offsets != nullptr};
   }
 
+  PackedWeights<A> packed_weights(int64_t layer, int64_t d) const {
+    if (!p_.frozen()) return directions_[slot_of_work(layer, d)].packed;
+    // Only read, but an Arena hands out what may be written.
+    return weights_in<A>(const_cast<void*>(p_.weights[layer * p_.dirs + d].packed), info_,
+                         p_.weight_sizes(layer));
+  }
+
   void run_direction(int64_t layer, const Crew& crew) {
     const int64_t d = crew.d;
     const Task task{layer,
                     d,
                     &directions_[slot_of_work(layer, d)],
                     p_.weights[layer * p_.dirs + d],
+                    packed_weights(layer, d),
                     p_.input_size(layer),
                     layer == 0 ? p_.input : between(layer - 1),
                     layer + 1 == p_.layers ? p_.output : between(layer)};
-    each_member(crew, [&](const Member& member) { prepare(task, member); });
+    if (!p_.frozen()) each_member(crew, [&](const Member& member) { prepare(task, member); });
     for (int block = 0; block < plan_.blocks; ++block) run_block(task, {d, crew.members, block});
   }
 
@@ -150,35 +137,12 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   void prepare(const Task& task, const Member& member) {
-    Direction& dir = *task.dir;
-    const Weights& w = task.weights;
-    const bool shared = plan_.split != Split::kUnits;
     int64_t turn = 0;
-    const auto pack = [&](const void* weight, const void* bias, int first, int gates, int64_t K,
-                          A* packed, A* packed_bias) {
-      if (gates == 0) return;
-      for_panels<A>(gates, member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
-        if (shared && turn++ % member.size != member.index) return;
-        const auto from = [&](const void* rows, int64_t columns) {
-          return rows ? static_cast<const S*>(rows) + first * p_.H * columns : nullptr;
-        };
-        pack_bias<S>(from(bias, 1), gates, p_.H, unit, vectors, packed_bias + unit * gates);
-        if (packed)
-          pack_transposed<S>(from(weight, K), gates, p_.H, K, unit, vectors,
-                             packed + unit * gates * K);
-      });
+    const auto mine = [&] {
+      return plan_.split == Split::kUnits || turn++ % member.size == member.index;
     };
-    pack(w.ih, w.bias_ih, 0, G_, task.I, dir.packed_ih, dir.bias_ih);
-    for (const Recurrent& r : dir.recurrent)
-      pack(w.hh, w.bias_hh, r.first, r.gates, p_.R, r.packed, r.bias);
-    if (plan_.pack_hh && p_.projected())
-      for_panels<A>(1, 0, Rp_, [&](int64_t unit, int vectors) {
-        if (turn++ % member.size != member.index) return;
-        pack_transposed<S>(static_cast<const S*>(w.hr), 1, p_.R, p_.H, unit, vectors,
-                           dir.packed_hr + unit * p_.H);
-      });
-    if (!shared || member.index == 0)
-      copy_diagonals(static_cast<const S*>(w.diag), member.units, dir.diag);
+    task.packed.template pack<S>(info_, p_.weight_sizes(task.layer), task.weights, member.units,
+                                 mine);
   }
 
   // The states before the first step. Both buffers of h start from h0: in a ragged batch the
@@ -260,8 +224,9 @@ class ForwardScan : Scan<ForwardProblem> {
 
     A* gates = gates_x(task, member);
     for_panels<A>(G_, member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
-      product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H, dir.packed_ih,
-              unit, vectors, dir.bias_ih + unit * G_, gates + unit * G_, G_ * Hp_);
+      product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
+              task.packed.ih, unit, vectors, task.packed.bias_ih + unit * G_, gates + unit * G_,
+              G_ * Hp_);
     });
   }
 
@@ -290,7 +255,7 @@ class ForwardScan : Scan<ForwardProblem> {
     };
     ForwardStep<S> at{};
     at.ldx = G_ * Hp_;
-    at.w = dir.diag;
+    at.w = task.packed.diag;
     at.w_stride = Hp_;
     at.ld_state = Rp_;
     at.c = row_of_state(dir.c, Hp_);
@@ -347,11 +312,10 @@ class ForwardScan : Scan<ForwardProblem> {
   // One recurrent product of one step, and what follows it.
   void step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk,
             int64_t parity, int which) {
-    const Direction& dir = *task.dir;
     const int64_t rows = alive(member, t);
     if (rows > 0) {
       const ForwardStep<S>& at = rows_of_step(task, member, t, index_in_chunk, parity);
-      for_panels<A>(dir.recurrent[which].gates, member.units.begin, member.units.end,
+      for_panels<A>(task.packed.recurrent[which].gates, member.units.begin, member.units.end,
                     [&](int64_t unit, int vectors) {
                       panel(task, member, at, rows, parity, which, unit, vectors);
                     });
@@ -365,7 +329,7 @@ class ForwardScan : Scan<ForwardProblem> {
   void panel(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
              int64_t parity, int which, int64_t unit, int vectors) const {
     const Direction& dir = *task.dir;
-    const Recurrent& r = dir.recurrent[which];
+    const auto& r = task.packed.recurrent[which];
     const int64_t width = int64_t(r.gates) * vectors * L;
     const A* bias = r.bias + unit * r.gates;
     const auto cell = [&](int64_t m, int64_t height, const A* gates_h, int64_t ldh) {
@@ -418,7 +382,7 @@ class ForwardScan : Scan<ForwardProblem> {
       for (int64_t m = 0; m < rows; m += kMaxRows) {
         const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
         product(1, height, p_.H, at.own + m * Hp_, Hp_, static_cast<const S*>(task.weights.hr),
-                p_.R, task.dir->packed_hr, unit, vectors, zeros, projected, vectors * L);
+                p_.R, task.packed.hr, unit, vectors, zeros, projected, vectors * L);
         for (int64_t i = m; i < m + height; ++i)
           for (int v = 0; v < vectors; ++v) {
             const int64_t u = unit + v * L;

@@ -65,6 +65,23 @@ const Isa& chosen_isa() {
   return isa;
 }
 
+PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes) {
+  static constexpr const char* kDTypes[] = {"float32", "float64", "bfloat16", "float16"};
+  PackedTag tag{};
+  const auto set = [](auto& field, const char* word) {
+    std::strncpy(field, word, sizeof(field) - 1);
+  };
+  set(tag.layout, "fused_rnn 1");
+  set(tag.isa, chosen_isa().name);
+  set(tag.cell, cell.name);
+  set(tag.dtype, kDTypes[int(dtype)]);
+  tag.I = sizes.I;
+  tag.H = sizes.H;
+  tag.R = sizes.R;
+  tag.projected = sizes.projected;
+  return tag;
+}
+
 const CellKernels* find_cell(const char* name) {
   const Isa& isa = chosen_isa();
   for (int i = 0; i < isa.cell_count; ++i)

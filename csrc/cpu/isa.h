@@ -23,6 +23,22 @@ struct CellKernels {
   CellFunctions<double> as_double;
 };
 
+// What stands at the head of frozen weights: all that they were packed for, compared as bytes.
+struct PackedTag {
+  char layout[16];  // of the block, as packed.h has it
+  char isa[16];
+  char cell[32];
+  char dtype[16];
+  int64_t I, H, R, projected;
+};
+
+// Packs the weights of one layer and direction into a block of so many bytes, behind its tag.
+struct Packing {
+  int64_t (*panel_step)(const CellInfo&);  // Machine::unit_step of a scan over them
+  size_t (*bytes)(const CellInfo&, const WeightSizes&);
+  void (*pack)(const CellInfo&, const WeightSizes&, const Weights&, void* block);
+};
+
 struct MathFunctions {
   const char* name;
   void (*as_float)(int64_t n, const float* x, float* y);
@@ -35,6 +51,7 @@ struct Isa {
   int cell_count;
   const MathFunctions* math;
   int math_count;
+  Packing packing[4];  // [DType]
   // The product of the scans with nothing around it, for measuring the roof: out[rows, columns] =
   // a[rows, K] w, with w packed and columns a multiple of 64.
   void (*multiply)(int64_t rows, int64_t K, int64_t columns, const float* a, const float* w,
@@ -46,6 +63,9 @@ const Isa* const* compiled_isas(int* count);
 
 // The widest set this machine runs, no wider than ATEN_CPU_CAPABILITY asks for. Decided once.
 const Isa& chosen_isa();
+
+// The tag that frozen weights have where they can be used.
+PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes);
 
 // Null where there is no such cell.
 const CellKernels* find_cell(const char* name);

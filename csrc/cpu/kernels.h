@@ -107,6 +107,9 @@ constexpr MathFunctions kMath[] = {
     {"tanh", map_tanh<float>, map_tanh<double>},
 };
 
+template <class S>
+constexpr Packing kPacking = {panel_step<S>, packed_bytes<S>, pack_weights<S>};
+
 void multiply(int64_t rows, int64_t K, int64_t columns, const float* a, const float* w,
               float* out) {
   for_panels<float>(1, 0, columns, [&](int64_t column, int vectors) {
@@ -125,6 +128,7 @@ const Isa kIsa{FUSED_RNN_ISA_NAME,
                Table::kCount,
                kMath,
                int(sizeof(kMath) / sizeof(kMath[0])),
+               {kPacking<float>, kPacking<double>, kPacking<BFloat16>, kPacking<Float16>},
                multiply};
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

@@ -5,6 +5,7 @@
 // the matrix are zero.
 #pragma once
 
+#include "../core/problem.h"
 #include "tile.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
@@ -91,6 +92,15 @@ void pack_bias(const S* bias, int gates, int64_t H, int64_t unit, int vectors, A
       store(dst, bias ? load_partial(bias + g * H + u, H - u) : Vector<A>{});
       dst += L;
     }
+}
+
+// W's diagonals [P*H] in the padding of our buffers, [P, Hp], in units [begin, end).
+template <class S>
+void pack_diagonals(const S* diag, int diagonals, int64_t H, int64_t begin, int64_t end,
+                    Accumulate<S>* to) {
+  for (int p = 0; p < diagonals; ++p)
+    for (int64_t u = begin; u < end; u += kLanes<Accumulate<S>>)
+      store(to + p * pad_units(H) + u, load_partial(diag + p * H + u, H - u));
 }
 
 // out[m, g, v, lane] = a[m, :] . W[g*H + unit + v*L + lane, :] + add: x W^T from W as it is, for

@@ -68,7 +68,7 @@ class Scan {
         const int index = i % size;
         if (!by_units || index == 0) rows = parts.next();
         members_[d][i] = {index, size, rows,
-                          by_units ? part_of(Hp_, kUnitPad, index, size) : Range{0, Hp_}};
+                          by_units ? part_of(Hp_, plan_.unit_step, index, size) : Range{0, Hp_}};
       }
     }
   }
@@ -173,14 +173,6 @@ class Scan {
 
   // Of a member's units those that it holds of h: with a projection, all that h has.
   Range units_of_h(Range units) const { return p_.projected() ? Range{0, Rp_} : units; }
-
-  // W's diagonals [P*H] in the padding of our buffers, [P, Hp].
-  template <class S, class A>
-  void copy_diagonals(const S* diag, Range units, A* to) const {
-    for (int p = 0; p < info_.diagonals; ++p)
-      for (int64_t u = units.begin; u < units.end; u += kLanes<A>)
-        store(to + p * Hp_ + u, load_partial(diag + p * p_.H + u, p_.H - u));
-  }
 
   const CellInfo& info_;
   const Problem& p_;

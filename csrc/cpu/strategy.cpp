@@ -55,10 +55,10 @@ struct Question {
   double step_us;      // one step of one direction on one thread
   double all_us;       // the whole stack on one thread
 
-  Question(const Stack& s, const CellInfo& cell, int in_all, double passes)
+  Question(const Stack& s, const CellInfo& cell, int in_all, int64_t unit_step, double passes)
       : stack(s),
         threads(std::max(1, in_all / int(s.dirs))),
-        unit_parts(pad_units(s.H) / kUnitPad) {
+        unit_parts(ceil_div(pad_units(s.H), unit_step)) {
     const int64_t recurrent = cell.recurrent ? s.R : 1;
     const double weights =
         double(cell.gates * s.H) * double(recurrent + s.input_size(s.layers - 1));
@@ -114,8 +114,9 @@ constexpr const char* kReasons[kSplits] = {
 
 Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double passes) {
   const int threads = machine.busy ? 1 : machine.threads;
-  const Question question(s, cell, threads, passes);
+  const Question question(s, cell, threads, machine.unit_step, passes);
   Plan plan;
+  plan.unit_step = machine.unit_step;
   const auto take = [&](Split split, const char* reason) {
     plan.split = split;
     plan.reason = reason;
@@ -211,6 +212,7 @@ Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machi
     const int64_t bytes = 4 * cell.gates * stack.H * stack.R;
     plan.pack_hh = T >= kStepsWorthPacking && bytes < machine.l3 / 2;
   }
+  if (stack.frozen()) plan.pack_ih = plan.pack_hh = true;
   int64_t rows = B;
   if (plan.split == Split::kNone || plan.split == Split::kRows) {
     const int64_t members = std::max<int64_t>(1, team_of(plan.threads, stack.dirs, 0).size());

@@ -24,6 +24,8 @@ struct Machine {
   bool busy = false;     // one thread, because other programs have the cores
   int64_t l2 = 1 << 20;  // bytes, of a core
   int64_t l3 = 1 << 25;  // bytes, of all cores together
+  // Where a member's units may begin: at its multiples. Frozen panels are shared as a whole.
+  int64_t unit_step = kUnitPad;
   const Split* forced = nullptr;
 };
 
@@ -35,6 +37,7 @@ void force_split(const Split* split);
 struct Plan {
   int threads = 1;  // in all
   Split split = Split::kNone;
+  int64_t unit_step = kUnitPad;
   int blocks = 1;        // of sequences, walked one after another through all of time
   bool pack_ih = false;  // repack the weights for the tile, or read them as they are
   bool pack_hh = false;

@@ -19,7 +19,7 @@ from fused_rnn.bench.conditions import Condition
 from fused_rnn.bench.measure import PEERS, TORCH, DisagreementError, Result
 from fused_rnn.bench.memory import Memory
 from fused_rnn.bench.shapes import CELLS, SUITES, Shape
-from fused_rnn.bench.work import DTYPES, MODES
+from fused_rnn.bench.work import DTYPES, FROZEN, MODES
 
 try:
     from rich import box
@@ -52,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
         "inference, float32",
     )
     add("--memory", action="store_true", help="peak memory of a training step, instead of time")
-    add("--mode", nargs="+", choices=MODES, default=MODES, help="forward, or forward + backward")
+    add(
+        "--mode",
+        nargs="+",
+        choices=(*MODES, FROZEN),
+        default=MODES,
+        help="forward, forward + backward, or forward with our layers frozen (fused_rnn.freeze)",
+    )
     add(
         "--threads",
         nargs="+",
@@ -140,6 +146,8 @@ def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
     of_one_peer = options.memory or options.suite == "conditions"
     if of_one_peer and options.peer != [TORCH]:
         return "memory and conditions are compared with torch's only"
+    if of_one_peer and FROZEN in options.mode:
+        return "memory and conditions are not measured of frozen layers"
     if options.memory:
         total = len(shapes) * len(threads)
         return Plan(Memory, total, memory.measure_all(shapes, threads, dtype))
@@ -172,7 +180,7 @@ def selection(options: argparse.Namespace) -> str:
     words = [options.suite, *(options.cell or ())]
     words += options.peer if options.peer != [TORCH] else ()
     words += ["memory"] if options.memory else ()
-    words += options.mode if len(options.mode) < len(MODES) else ()
+    words += options.mode if set(options.mode) != set(MODES) else ()
     words += [options.dtype] if options.dtype != "float32" else ()
     words += ["filtered"] if options.filter else ()
     return "-".join(words)

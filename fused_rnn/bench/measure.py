@@ -21,7 +21,9 @@ from fused_rnn.bench.shapes import Shape
 
 # What can be compared with, and in which modes, by the names that the results have.
 TORCH = "torch.nn"
-PEERS = {TORCH: work.MODES} | dict.fromkeys(peers.BUILDERS, ("inference",))
+PEERS = {TORCH: (*work.MODES, work.FROZEN)} | dict.fromkeys(
+    peers.BUILDERS, ("inference", work.FROZEN)
+)
 
 # shape, mode, peer
 Job = tuple[Shape, str, str]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # mode: what the legend says, colour, marker, distance from the middle of the line
 STYLES = {
     "inference": ("inference (forward)", "#1f77b4", "o", -0.17),
+    "frozen": ("frozen (forward)", "#2ca02c", "s", 0.0),
     "training": ("training (forward + backward)", "#e8710a", "D", 0.17),
 }
 INK, GREY, FAINT = "#222222", "#666666", "#ececec"

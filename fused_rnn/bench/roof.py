@@ -64,7 +64,7 @@ def _seconds(shape: Shape, mode: str, threads: int, inputs: int) -> float:
     step = step_bytes(shape, inputs)
     read = shape.T * step / (1e9 * stream_rate(step, threads))
     forward = max(product, read)
-    if mode == "inference":
+    if mode != "training":
         return forward
     matrices = FLOAT * shape.gates * shape.H * (inputs + shape.H)
     written = matrices / (1e9 * stream_rate(matrices, threads))

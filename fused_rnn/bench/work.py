@@ -16,6 +16,7 @@ from fused_rnn.bench.shapes import Shape
 
 LIBRARIES: dict[str, Any] = {"fused_rnn": fused_rnn, "torch.nn": nn}
 MODES = ("inference", "training")
+FROZEN = "frozen"  # inference by what fused_rnn.freeze() makes of the layer
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 # Makes one call and returns the seconds it took.
@@ -41,6 +42,8 @@ def make(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, 
     layer = made if library is nn else _layer(library, shape, dtype)
     layer.load_state_dict(made.state_dict())
     torch.manual_seed(1)  # whatever another library's constructor drew
+    if mode == FROZEN and library is not nn:
+        layer = fused_rnn.freeze(layer)
     return layer.eval(), _arguments(shape, getattr(torch, dtype), mode == "training")
 
 

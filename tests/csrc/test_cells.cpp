@@ -59,7 +59,8 @@ Unit<C, V> draw(std::mt19937_64& random, E scale) {
   std::normal_distribution<E> normal(0, scale);
   Unit<C, V> unit;
   constexpr size_t kCount = sizeof(unit) / sizeof(E);
-  constexpr size_t kInputs = (2 * C::kGates + 2 * C::kStates + C::kDiagonals + 1) * sizeof(V) / sizeof(E);
+  constexpr size_t kInputs =
+      (2 * C::kGates + 2 * C::kStates + C::kDiagonals + 1) * sizeof(V) / sizeof(E);
   E* values = elements<E>(unit);
   for (size_t i = 0; i < kCount; ++i) {
     values[i] = i < kInputs ? normal(random) : std::numeric_limits<E>::quiet_NaN();
