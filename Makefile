@@ -22,7 +22,7 @@ export FUSED_RNN_STRICT := 1
 help:
 	@echo "make test      all tests: native, isa (avx2, baseline), sanitize, lint"
 	@echo "make native    the whole suite on this machine's best instruction set"
-	@echo "make isa       cell and scan tests on each of: $(ISAS)"
+	@echo "make isa       cell and scan tests on each of: $(ISAS), but the native set"
 	@echo "make sanitize  cell and scan tests under AddressSanitizer and UBSan (g++)"
 	@echo "make lint      ruff, clang-format, mypy, includes, symbols"
 	@echo "make bench     fused_rnn against torch.nn; BENCH='--help' lists what it can do"
@@ -38,7 +38,9 @@ native: build
 	$(PYTEST)
 
 isa: build
+	best=$$($(PY) -c 'import fused_rnn._C as c; print(c.isa())'); \
 	for isa in $(ISAS); do \
+	  if [ $$isa = $$best ]; then echo "$$isa: the native set, see make native"; continue; fi; \
 	  echo "ATEN_CPU_CAPABILITY=$$isa"; \
 	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m "not slow" $(FLOORS) || exit 1; \
 	done

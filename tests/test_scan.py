@@ -39,7 +39,7 @@ each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 # The scans call a cell by pointer, so what depends on the structure or on the storage type does not
 # on the cell: all cells in float32, in all types those that differ in products, states and weights.
 # Once for every instruction set, one cell in all types is enough.
-TYPED_CELLS = ("lstm", "gru", "gru_reset_before", "peephole_lstm", "indrnn_tanh")
+TYPED_CELLS = ("lstm", "gru_reset_before", "peephole_lstm")
 each_cell_and_dtype = pytest.mark.parametrize(
     ("cell", "dtype"),
     [
@@ -804,17 +804,19 @@ def test_other_devices_raise(name: str) -> None:
         ops.inference(*args.given())[0].sum().item()
 
 
+OPCHECKS: list[dict[str, Any]] = [
+    {"layers": 2},
+    {"layers": 2, "batch_sizes": RAGGED},
+    {"layers": 2, "batch_first": True},
+    # Full lengths, because `saved` has rows that nobody writes for shorter ones.
+    {"lengths": (5,) * 5, "reset": 0.3, "zoneout": "mask", "all_c": True},
+]
+
+
 @pytest.mark.slow
-@each_cell
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"layers": 2},
-        {"layers": 2, "batch_sizes": RAGGED},
-        {"layers": 2, "batch_first": True},
-        # Full lengths, because `saved` has rows that nobody writes for shorter ones.
-        {"lengths": (5,) * 5, "reset": 0.3, "zoneout": "mask", "all_c": True},
-    ],
+    ("cell", "options"),
+    [(c, o) for c in CELLS for o in (OPCHECKS if c in TYPED_CELLS else OPCHECKS[-1:])],
     ids=str,
 )
 def test_opcheck(cell: str, options: dict[str, Any]) -> None:
