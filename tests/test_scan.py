@@ -145,18 +145,27 @@ def regularised() -> list[dict[str, Any]]:
     ]
 
 
+def without_h_mask(cell: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Where W_hh is not multiplied by h, there is nothing to mask."""
+    refused = cell.startswith("indrnn") or cell == "gru_reset_before"
+    return options | {"h_mask": False} if refused else options
+
+
 @each_cell_and_dtype
 @pytest.mark.parametrize("options", regularised(), ids=describe)
 def test_accuracy_with_masks_of_the_states(
     cell: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    if cell.startswith("indrnn") or cell == "gru_reset_before":
-        options = options | {"h_mask": False}
+    options = without_h_mask(cell, options)
     judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
 
 
 @each_dtype
-@pytest.mark.parametrize("options", structures() + resets(), ids=describe)
+@pytest.mark.parametrize(
+    "options",
+    [*structures(), *resets(), *(o | {"zoneout": ""} for o in regularised() if o["h_mask"])],
+    ids=describe,
+)
 def test_accuracy_with_projection(options: dict[str, Any], dtype: torch.dtype) -> None:
     judge_scan("lstm", 5, 5, 6, 19, proj=5, dtype=dtype, **options)
 
@@ -419,6 +428,16 @@ SHARED = [
     ((0, 0, 4, 5), {"batch_sizes": (600, 590, 300, 2, 2, 1), "bidirectional": True}),
     ((80, 1, 8, 40), {"layers": 3}),
 ]
+# The same ways with what acts on the states between the steps.
+SHARED_CONTROLS = [
+    ((20, 3, 8, 300), {"lengths": (7, 20, 0), "reset": 0.2, "zoneout": "mask", "all_c": True}),
+    (
+        (10, 6, 8, 250),
+        {"bidirectional": True, "reset": 0.2, "reset_to_initial": True, "h_mask": True},
+    ),
+    ((20, 64, 8, 40), {"reset": 0.2, "zoneout": "shares", "h_mask": True}),
+    ((80, 1, 8, 40), {"layers": 3, "reset": 0.1, "h_mask": True}),
+]
 
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if fused_rnn._C.cells()[c]["recurrent"]])
@@ -451,17 +470,18 @@ def test_the_sizes_above_share_the_work_in_every_way(cell: str) -> None:
     [*((cell, torch.float32) for cell in CELLS), ("lstm", torch.bfloat16), ("gru", torch.bfloat16)],
     ids=str,
 )
-@pytest.mark.parametrize(("sizes", "options"), SHARED, ids=str)
+@pytest.mark.parametrize(("sizes", "options"), SHARED + SHARED_CONTROLS, ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(
     cell: str, sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
+    options = without_h_mask(cell, options)
     args = make_arguments(cell, *sizes, dtype=dtype, **options)
     torch.set_num_threads(1)
     expected = everything(args)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         assert_same(everything(args), expected)
-        assert_same(list(ops.inference(*args.given())), expected[:3])
+        assert_same(list(ops.inference(*args.given())), expected[: 4 if args.controls.any else 3])
 
 
 @each_cell_and_dtype

@@ -459,12 +459,10 @@ class Call {
     if (controls.zoneout_mask) {
       const int64_t features = kernels->info.states * stack.H;
       const Shape rows{stack.layers * stack.dirs, rows_, features};
-      const Tensor& mask = *controls.zoneout_mask;
-      checked_contiguous(mask, "zoneout_mask", "[num_layers * directions, N, states * H]", rows,
-                         ScalarType::Bool);
-      check(mask.is_contiguous(), "zoneout_mask must be contiguous");
-      stack.zoneout_mask = {const_cast<void*>(keep(mask)), stack.steps.B * features, features,
-                            packed_};
+      const void* mask = keep(checked_contiguous(*controls.zoneout_mask, "zoneout_mask",
+                                                 "[num_layers * directions, N, states * H]", rows,
+                                                 ScalarType::Bool));
+      stack.zoneout_mask = {const_cast<void*>(mask), stack.steps.B * features, features, packed_};
       stack.zoneout_plane = rows_ * features;
     }
     check(!stack.zoned() || !stack.projected(), "zoneout does not go with a projection");

@@ -90,13 +90,17 @@ struct CellRows {
   void (*saved_operand)(const BackwardRow<A>&, int64_t u, A* operand);
 };
 
-// h goes to the output, and on to the next step as the output holds it.
+// h of a row and of the units from u on goes to the output, and on to the next step: as the output
+// holds it, and times its mask for the product.
 template <class S>
-FUSED_RNN_INLINE Vector<Accumulate<S>> emit_h(Vector<Accumulate<S>> h, int64_t valid,
-                                              Accumulate<S>* after, S* y) {
+FUSED_RNN_INLINE Vector<Accumulate<S>> emit_h(const ForwardStep<S>& step, int64_t row, int64_t u,
+                                              Vector<Accumulate<S>> h) {
+  const int64_t at = row * step.ld_state + u;
   h = round_to<S>(h);
-  store(after, h);
-  store_partial(y, h, valid);
+  store(step.after + at, h);
+  if (step.h_mask) store(step.masked + at, h * load(step.h_mask + at));
+  store_partial(step.y + (step.y_order ? step.y_order[row] : row) * step.ldy + u, h,
+                step.valid - u);
   return h;
 }
 
@@ -120,7 +124,6 @@ void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
     const A* gx = step.x + tile.row * step.ldx + tile.x_at + v * L;
     const A* gh = tile.h + v * L;
     const A* before = step.before ? step.before + tile.row * step.ld_state + u : nullptr;
-    A* after = step.after + tile.row * step.ld_state + u;
     A* c = Cell::kStates > 1 ? step.c + tile.row * step.ldc + u : nullptr;
     A* own = step.own ? step.own + tile.row * step.ld_own + u : nullptr;
     A* slot = step.saved ? step.saved + tile.row * step.ld_saved + u : nullptr;
@@ -158,12 +161,7 @@ void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
         store(own, state[0]);
         own += step.ld_own;
       } else {
-        S* y = step.y + (step.y_order ? step.y_order[i] : i) * step.ldy + u;
-        state[0] = emit_h<S>(state[0], step.valid - u, after, y);
-        if (step.h_mask) {
-          const int64_t at = i * step.ld_state + u;
-          store(step.masked + at, state[0] * load(step.h_mask + at));
-        }
+        state[0] = emit_h(step, i, u, state[0]);
       }
       if (slot) {
         store(own ? slot + step.own_slot * slot_size : slot, state[0]);
@@ -177,7 +175,6 @@ void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
       gx += step.ldx;
       gh += tile.ldh;
       if (before) before += step.ld_state;
-      after += step.ld_state;
     }
   }
 }

@@ -386,9 +386,7 @@ class ForwardScan : Scan<ForwardProblem> {
         for (int64_t i = m; i < m + height; ++i)
           for (int v = 0; v < vectors; ++v) {
             const int64_t u = unit + v * L;
-            const Vector<A> h = emit_h<S>(load(projected + ((i - m) * vectors + v) * L), p_.R - u,
-                                          at.after + i * Rp_ + u,
-                                          at.y + (at.y_order ? at.y_order[i] : i) * at.ldy + u);
+            const Vector<A> h = emit_h(at, i, u, load(projected + ((i - m) * vectors + v) * L));
             if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);
           }
       }
