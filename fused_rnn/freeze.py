@@ -159,6 +159,22 @@ class _Frozen(nn.Module):
         # The last arguments of the op.
         self._arguments = packed, self.hidden_size, *options
 
+    def _short_way(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The op, which checks all but what kind of thing hx is."""
+        h0 = c0 = None
+        if hx is not None:
+            if not self._has_c:
+                h0 = hx
+            elif type(hx) is not tuple:
+                raise TypeError
+            else:
+                h0, c0 = hx
+                if h0 is None or c0 is None:
+                    raise TypeError
+        if _may_be_more_than_inference():
+            functional.refuse_all_but_inference(input, h0, c0)
+        return ops.frozen(self._cell, input, None, h0, c0, *self._arguments)
+
     def extra_repr(self) -> str:
         return self._description
 
@@ -219,7 +235,7 @@ def _may_be_more_than_inference() -> bool:
     )
 
 
-# As torch.jit.is_tracing, in a quarter of its time; a private name.
+# As torch.jit.is_tracing without its Python; a private name.
 _is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 
@@ -266,17 +282,7 @@ class FrozenLayer(_Frozen, modules._Layer):
             and not return_all_states
         ):
             try:
-                if hx is None:
-                    h0 = c0 = None
-                elif not self._has_c:
-                    h0, c0 = hx, None
-                else:
-                    h0, c0 = hx
-                    if type(hx) is not tuple or h0 is None or c0 is None:
-                        raise TypeError
-                if _may_be_more_than_inference():
-                    functional.refuse_all_but_inference(input, h0, c0)
-                output, h_n, c_n = ops.frozen(self._cell, input, None, h0, c0, *self._arguments)
+                output, h_n, c_n = self._short_way(input, hx)
                 return output, (h_n, c_n) if self._has_c else h_n
             except _REFUSALS:
                 pass
@@ -348,17 +354,7 @@ class FrozenCell(_Frozen, modules._Cell):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         if not torch.compiler.is_compiling() and isinstance(input, Tensor) and input.dim() == 2:
             try:
-                if hx is None:
-                    h0 = c0 = None
-                elif not self._has_c:
-                    h0, c0 = hx, None
-                else:
-                    h0, c0 = hx
-                    if type(hx) is not tuple or h0 is None or c0 is None:
-                        raise TypeError
-                if _may_be_more_than_inference():
-                    functional.refuse_all_but_inference(input, h0, c0)
-                h, _, c = ops.frozen(self._cell, input, None, h0, c0, *self._arguments)
+                h, _, c = self._short_way(input, hx)
                 return (h, c) if self._has_c else h
             except _REFUSALS:
                 pass

@@ -69,22 +69,23 @@ class _Layer(_Twin, nn.RNNBase):
         recompute: bool = False,
         **kwargs: Any,
     ) -> None:
-        shares = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
-        rates = {
-            "zoneout": shares,
-            "recurrent_dropout": (recurrent_dropout,),
-            "weight_dropout": (weight_dropout,),
-        }
-        for name, values in rates.items():
-            if not all(0 <= value <= 1 for value in values):
-                raise ValueError(f"{name} should be a number in range [0, 1], got {values[0]}")
+        zoneout_h, zoneout_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+        for name, rate in (
+            ("zoneout", zoneout_h),
+            ("zoneout", zoneout_c),
+            ("recurrent_dropout", recurrent_dropout),
+            ("weight_dropout", weight_dropout),
+        ):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name} should be a number in range [0, 1], got {rate}")
         super().__init__(mode, *args, **kwargs)
         if recompute:
             self.recompute = True
-        if any(shares) or recurrent_dropout or weight_dropout or variational:
-            self.regularisers = functional.Regularisers(
-                *shares, recurrent_dropout, weight_dropout, variational
-            )
+        regularisers = functional.Regularisers(
+            zoneout_h, zoneout_c, recurrent_dropout, weight_dropout, variational
+        )
+        if any(regularisers):
+            self.regularisers = regularisers
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

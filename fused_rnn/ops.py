@@ -55,7 +55,7 @@ transforms_active: Callable[[], bool] = getattr(
 _is_key_included: Callable[[Any], bool] = getattr(
     torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False
 )
-# Asked for by its name, a key is parsed every time, for 10 us.
+# Asked for by its name, a key is parsed every time.
 _VMAP_MODE = getattr(torch._C, "_dispatch_key_parse", lambda name: name)("VmapMode")
 
 

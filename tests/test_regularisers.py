@@ -267,6 +267,12 @@ def test_a_rate_that_is_no_probability_raises(name: str, rate: float) -> None:
         fused_rnn.GRU(I, H, **{name: rate})
 
 
+@pytest.mark.parametrize("rates", [(0.1,), (0.1, 0.2, 0.3), (0.1, 2.0)])
+def test_zoneout_is_one_rate_or_two(rates: Any) -> None:
+    with pytest.raises(ValueError, match=r"unpack|got 2.0"):
+        fused_rnn.LSTM(I, H, zoneout=rates)
+
+
 def test_zoneout_of_a_projected_layer_raises() -> None:
     with pytest.raises(ValueError, match="zoneout does not go with a projection"):
         fused_rnn.LSTM(I, H, proj_size=2, zoneout=0.1)(torch.randn(T, B, I))
