@@ -765,9 +765,8 @@ Gradients run_backward(const Seeds& seeds, const Question& question, const Tenso
   return {std::move(d_input), std::move(d_h0), std::move(d_c0), std::move(d_weights)};
 }
 
-// Each op without and with controls: an argument, though left out, costs a small call a fifth of a
-// microsecond. By reference, because the boxed call holds them, and would copy a list with all its
-// tensors.
+// Each op without and with controls: the dispatcher handles every argument, used or not. By
+// reference, because the boxed call holds them, and would copy a list with all its tensors.
 Results inference(const std::string& cell, const Tensor& input, const MaybeTensor& batch_sizes,
                   const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
                   int64_t num_layers, bool bidirectional, bool batch_first) {

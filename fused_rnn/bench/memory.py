@@ -58,15 +58,13 @@ def _alone(library: str, shape: Shape, threads: int, dtype: str) -> float:
         return worker.submit(growth, library, shape, dtype).result()
 
 
-def growth(library: str, shape: Shape, dtype: str, recompute: bool = False) -> float:
+def growth(library: str, shape: Shape, dtype: str) -> float:
     """MiB by which this process grows in a training step of this shape."""
     module = work.LIBRARIES[library]
     tiny = replace(shape, T=min(shape.T, 2), B=min(shape.B, 2), I=8, H=8)
     work.evaluate(*work.make(module, tiny, "training", dtype))
 
     layer, arguments = work.make(module, shape, "training", dtype)
-    if recompute:
-        layer.recompute = True  # type: ignore[assignment]
     step = work.timer(layer, arguments)
     gc.collect()
     fused_rnn.empty_cache()
