@@ -32,13 +32,15 @@ STRICT = os.environ.get("FUSED_RNN_STRICT") == "1"
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 # Only these files may use more than the base instruction set: the choice is made at run time.
+AVX2 = "-mavx2 -mfma -mf16c".split()
+# GCC 12 takes the undefined operands of its own intrinsics for a mistake.
+AVX512 = (
+    "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512 -Wno-maybe-uninitialized"
+).split()
 ISA_FLAGS = {
-    # GCC 12 takes the undefined operands of its own intrinsics for a mistake.
-    "kernels_avx512.cpp": (
-        "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c "
-        "-mprefer-vector-width=512 -Wno-maybe-uninitialized"
-    ).split(),
-    "kernels_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
+    "kernels_avx512_bf16.cpp": [*AVX2, *AVX512, "-mavx512bf16"],
+    "kernels_avx512.cpp": [*AVX2, *AVX512],
+    "kernels_avx2.cpp": AVX2,
 }
 
 CXX_FLAGS = (

@@ -467,6 +467,7 @@ def _log_strategy(call: _Call) -> None:
             threads=torch.get_num_threads(),
             backward=backward,
             busy=torch.get_num_threads() > 1 and _C.busy(),
+            weight_bytes=call.input.element_size(),
         )
         text = strategy.describe(plan)
         name = f"{call.cell} {'backward' if backward else 'forward'}"

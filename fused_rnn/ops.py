@@ -253,7 +253,7 @@ def _fake_pack(
             _C.packed_bytes(
                 *(cell, w.ih.shape[1], w.units, w.features),
                 projected=w.hr is not None,
-                double=w.ih.dtype == torch.float64,
+                dtype=str(w.ih.dtype).removeprefix("torch."),
             ),
             dtype=torch.uint8,
         )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-WIDER = ("kernels_avx512.o", "kernels_avx2.o")
+WIDER = ("kernels_avx512_bf16.o", "kernels_avx512.o", "kernels_avx2.o")
 
 
 def weak_functions(file: Path) -> set[str]:

@@ -161,14 +161,18 @@ double stream_rate(int64_t bytes, int threads) {
 
 // How long what `pack` makes of one layer and direction is.
 size_t packed_bytes(const std::string& name, int64_t I, int64_t H, int64_t R, bool projected,
-                    bool as_double) {
-  const DType dtype = as_double ? DType::kFloat64 : DType::kFloat32;
-  return cpu::chosen_isa().packing[int(dtype)].bytes(cell_named(name).info, {I, H, R, projected});
+                    const std::string& dtype) {
+  const CellInfo& cell = cell_named(name).info;
+  const WeightSizes sizes{I, H, R, projected};
+  for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16})
+    if (dtype == cpu::tag_for(cell, type, sizes).dtype)
+      return cpu::chosen_isa().packing[int(type)].bytes(cell, sizes);
+  throw py::value_error("there are no kernels for " + dtype);
 }
 
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
                   int64_t layers, int64_t directions, int64_t rows, int threads, bool backward,
-                  bool busy, int64_t l2, int64_t l3) {
+                  bool busy, int64_t l2, int64_t l3, int64_t weight_bytes) {
   if (std::min({T, B, I, H, layers, directions, int64_t(threads)}) < 1)
     throw py::value_error("T, B, I, H, layers, directions and threads must be at least 1");
   Stack stack;
@@ -183,6 +187,7 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   stack.layers = layers;
   stack.dirs = directions;
   stack.weights = &weights;
+  stack.weight_bytes = weight_bytes;
   cpu::Machine machine = cpu::this_machine(threads);
   machine.busy = busy;
   if (l2) machine.l2 = l2;
@@ -270,14 +275,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("stream_rate", &stream_rate, py::arg("bytes"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
   m.def("packed_bytes", &packed_bytes, py::arg("cell"), py::arg("I"), py::arg("H"), py::arg("R"),
-        py::kw_only(), py::arg("projected"), py::arg("double"));
+        py::kw_only(), py::arg("projected"), py::arg("dtype"));
   m.def("cached_bytes", &cached_bytes);
   m.def("empty_cache", &empty_cache);
   m.def("poison_new_memory", &poison_new_memory, py::arg("on"));
   m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::kw_only(), py::arg("proj") = 0, py::arg("layers") = 1,
         py::arg("directions") = 1, py::arg("rows") = 0, py::arg("threads") = 1,
-        py::arg("backward") = false, py::arg("busy") = false, py::arg("l2") = 0, py::arg("l3") = 0);
+        py::arg("backward") = false, py::arg("busy") = false, py::arg("l2") = 0, py::arg("l3") = 0,
+        py::arg("weight_bytes") = 4);
   m.def("busy", [] { return cpu::pressure().high(cpu::now_ns()); });
   py::class_<cpu::Pressure>(m, "Pressure")
       .def(py::init<>())

@@ -186,6 +186,7 @@ class Call {
     check(q.input.is_cpu(), "input must be on the CPU");
     check(q.layers >= 1, "num_layers must be at least 1, got ", q.layers);
     stack.layers = q.layers;
+    stack.weight_bytes = q.input.element_size();
     stack.dirs = q.bidirectional ? 2 : 1;
     read_steps(q.input, q.batch_sizes);
     if (controls.lengths) read_lengths(*controls.lengths, q.batch_sizes);

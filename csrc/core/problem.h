@@ -106,6 +106,7 @@ struct Stack {
   const void* h0 = nullptr;          // [L*D, B, R] contiguous, null for zeros
   const void* c0 = nullptr;          // [L*D, B, H]
   const Weights* weights = nullptr;  // [L*D]
+  int64_t weight_bytes = 4;          // of an element, in memory and packed
   // uint8 [T, B]: a new sequence begins at this step. Data null for none.
   Sequence reset;
   bool reset_to_initial = false;  // it begins with h0 and c0 instead of zeros

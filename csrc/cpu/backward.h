@@ -10,8 +10,12 @@ namespace fused_rnn::cpu::FUSED_RNN_ISA {
 template <class S>
 class BackwardScan : Scan<BackwardProblem> {
   using A = Accumulate<S>;
+  using O = Operand<S>;
+  using W = Packed<S>;
   static constexpr int L = kLanes<A>;
   static constexpr bool kLowPrecision = sizeof(S) != sizeof(A);
+  // Gradients are rounded where they are multiplied by weights in pairs.
+  static constexpr bool kRounds = !std::is_same_v<O, A>;
   static constexpr int64_t kPanel = kMaxVectors * L;
   // Rows of one outer product: so many lines of both its operands stay in L1.
   static constexpr int64_t kSlab = 256;
@@ -31,19 +35,21 @@ class BackwardScan : Scan<BackwardProblem> {
     lay_out_teams(arena);
     const int64_t chunk_rows = block_rows_ * plan_.chunk_steps;
     const bool weights = p_.d_weights != nullptr;
-    // Weights of a storage type that is not computed in are never read in place.
-    const bool pack_ih = plan_.pack_ih || kLowPrecision;
-    const bool pack_hh = plan_.pack_hh || kLowPrecision;
+    // Pairs are there in panels only.
+    const bool pack_ih = plan_.pack_ih || kRounds;
+    const bool pack_hh = plan_.pack_hh || kRounds;
+    const bool sums = weights && kLowPrecision && !one_product();
     directions_ = arena.take<Direction>(slots_of_work());
     for (int64_t slot = 0; slot < slots_of_work(); ++slot) {
       Direction measured;
       Direction& dir = directions_ ? directions_[slot] : measured;
       const int64_t d = by_layers() ? 0 : slot;
-      dir.packed_ih = arena.take<A>(
-          pack_ih && (p_.layers > 1 || p_.d_input.data) ? G_ * Hp_ * pad_units(widest_) : 0);
-      dir.packed_hh = arena.take<A>(pack_hh && info_.recurrent ? first_gates_ * Hp_ * Rp_ : 0);
-      dir.packed_second = arena.take<A>(pack_hh ? second_gates() * Hp_ * Rp_ : 0);
-      dir.packed_hr = arena.take<A>(pack_hh && p_.projected() ? Rp_ * Hp_ : 0);
+      const int64_t packed_H = packed_rows<W>(Hp_);  // so many rows of a panel for a gate
+      dir.packed_ih = arena.take<W>(
+          pack_ih && (p_.layers > 1 || p_.d_input.data) ? G_ * packed_H * pad_units(widest_) : 0);
+      dir.packed_hh = arena.take<W>(pack_hh && info_.recurrent ? first_gates_ * packed_H * Rp_ : 0);
+      dir.packed_second = arena.take<W>(pack_hh ? second_gates() * packed_H * Rp_ : 0);
+      dir.packed_hr = arena.take<W>(pack_hh && p_.projected() ? packed_rows<W>(Rp_) * Hp_ : 0);
       dir.diag = arena.take<A>(info_.diagonals * Hp_);
       dir.zeros = arena.take<A>(p_.reset.data ? Hp_ : 0);
       dir.h0 = arena.take<A>(steps_.B * Rp_);
@@ -59,6 +65,15 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.d_operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
       dir.gates_h = info_.sums_gates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
+      if constexpr (kRounds) {
+        dir.operand_x = arena.take<O>(chunk_rows * ldg_);
+        dir.operand_h = info_.sums_gates ? dir.operand_x : arena.take<O>(chunk_rows * ldg_);
+        dir.operand_r = arena.take<O>(p_.projected() ? steps_.B * Rp_ : 0);
+      } else {
+        dir.operand_x = dir.gates_x;
+        dir.operand_h = dir.gates_h;
+        dir.operand_r = dir.dh;
+      }
       dir.x = arena.take<A>(weights ? chunk_rows * pad_units(widest_) : 0);
       dir.h = arena.take<A>(weights && info_.recurrent ? chunk_rows * Rp_ : 0);
       dir.operand = arena.take<A>(weights && info_.two_products() ? chunk_rows * Hp_ : 0);
@@ -67,9 +82,9 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.d_projected = arena.take<A>(p_.projected() ? chunk_rows * (Rp_ + kSkew) : 0);
       dir.d_bias_ih = arena.take<A>(weights ? (G_ + info_.diagonals) * Hp_ : 0);
       dir.d_bias_hh = arena.take<A>(weights && !info_.sums_gates ? G_ * Hp_ : 0);
-      dir.d_ih = arena.take<A>(weights && kLowPrecision ? G_ * p_.H * widest_ : 0);
-      dir.d_hh = arena.take<A>(weights && kLowPrecision && info_.recurrent ? G_ * p_.H * p_.R : 0);
-      dir.d_hr = arena.take<A>(weights && kLowPrecision && p_.projected() ? p_.R * p_.H : 0);
+      dir.d_ih = arena.take<A>(sums ? G_ * p_.H * widest_ : 0);
+      dir.d_hh = arena.take<A>(sums && info_.recurrent ? G_ * p_.H * p_.R : 0);
+      dir.d_hr = arena.take<A>(sums && p_.projected() ? p_.R * p_.H : 0);
       dir.chunk_offsets = arena.take<int64_t>(team(d).size() * (plan_.chunk_steps + 1));
       // Directions add up in the gradient of their input: the second one, and where that sum would
       // be rounded twice the first, write to memory of their own.
@@ -96,10 +111,10 @@ class BackwardScan : Scan<BackwardProblem> {
 
  private:
   struct Direction {
-    A* packed_ih;      // panels of [G*Hp, I]
-    A* packed_hh;      // panels of [first gates * Hp, R]
-    A* packed_second;  // panels of [other gates * Hp, R], where a cell has two products
-    A* packed_hr;      // panels of [Rp, H]
+    W* packed_ih;      // panels of [G*Hp, I]
+    W* packed_hh;      // panels of [first gates * Hp, R]
+    W* packed_second;  // panels of [other gates * Hp, R], where a cell has two products
+    W* packed_hr;      // panels of [Rp, H]
     A* diag;           // [P, Hp]
     A* zeros;          // [Hp], a state after a reset
     A* h_mask;         // [B, Rp]
@@ -114,6 +129,9 @@ class BackwardScan : Scan<BackwardProblem> {
     A* gates_x;        // [chunk rows, ldg]: gradient of W_ih x + b_ih, gates of Hp units one after
                        // another, and behind them that of the diagonals
     A* gates_h;        // the same of W_hh h + b_hh
+    O* operand_x;      // what of them is multiplied by weights: the same, or rounded
+    O* operand_h;
+    O* operand_r;      // [B, Rp], likewise of dh, where W_hr is multiplied by it
     A* x;              // panels of [chunk rows, I]
     A* h;              // panels of [chunk rows, R]: h before each step
     A* operand;        // panels of [chunk rows, H]
@@ -220,13 +238,13 @@ class BackwardScan : Scan<BackwardProblem> {
     const Weights& w = task.weights;
     int64_t turn = 0;
     const auto pack = [&](const void* weight, int64_t gates, int64_t units, int64_t columns,
-                          Range range, bool shared, A* packed) {
+                          Range range, bool shared, W* packed) {
       if (!packed) return;
-      const int64_t K = gates * pad_units(units);
+      const int64_t rows = packed_rows<W>(gates * pad_units(units));
       for_panels<A>(1, range.begin, range.end, [&](int64_t column, int vectors) {
         if (shared && turn++ % member.size != member.index) return;
         pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column,
-                  vectors, packed + column * K);
+                  vectors, packed + column * rows);
       });
     };
     const bool by_units = plan_.split == Split::kUnits;
@@ -325,6 +343,26 @@ class BackwardScan : Scan<BackwardProblem> {
 
     for (int64_t b = member.rows.begin; b < end; ++b)
       cell_.backward(row_of_step(task, member, chunk, t, b));
+    round_gates(task, member, chunk, t, info_.two_products() ? first_gates_ : 0, G_);
+  }
+
+  // What products with weights will read of a step's gate gradients.
+  void round_gates(const Task& task, const Member& member, const Chunk& chunk, int64_t t,
+                   int first_gate, int end_gate) {
+    if constexpr (kRounds) {
+      const Direction& dir = *task.dir;
+      const auto round = [&](const A* gates, O* operand) {
+        const int64_t begin = chunk.row(t, member.rows.begin);
+        for (int64_t row = begin; row < begin + alive(member, t); ++row)
+          for (int g = first_gate; g < end_gate; ++g)
+            for (int64_t u = member.units.begin; u < member.units.end; u += L) {
+              const int64_t at = row * ldg_ + g * Hp_ + u;
+              store(operand + at, load(gates + at));
+            }
+      };
+      round(dir.gates_x, dir.operand_x);
+      if (!info_.sums_gates) round(dir.gates_h, dir.operand_h);
+    }
   }
 
   BackwardRow<A> row_of_step(const Task& task, const Member& member, const Chunk& chunk, int64_t t,
@@ -364,22 +402,30 @@ class BackwardScan : Scan<BackwardProblem> {
     Direction& dir = *task.dir;
     const int64_t rows = alive(member, t);
     if (rows == 0) return;
-    const A* gates = dir.gates_h + chunk.row(t, member.rows.begin) * ldg_ + first_gates_ * Hp_;
+    const O* gates = dir.operand_h + chunk.row(t, member.rows.begin) * ldg_ + first_gates_ * Hp_;
     A* out = dir.d_operand + member.rows.begin * Hp_;
-    for_panels<A>(1, member.units.begin, member.units.end, [&](int64_t column, int vectors) {
-      times(rows, second_gates(), p_.H, p_.R, gates, ldg_, second_hh(task.weights),
-            dir.packed_second, column, vectors, nullptr, 0, out + column, Hp_);
-    });
+    const int64_t at_once = dir.packed_second ? rows : 0;
+    for_panels_at_once<A>(at_once, 1, member.units.begin, member.units.end,
+                          [&](int64_t column, int vectors, int panels) {
+                            times(rows, second_gates(), p_.H, p_.R, gates, ldg_,
+                                  second_hh(task.weights), dir.packed_second, column, vectors,
+                                  panels, nullptr, 0, out + column, Hp_);
+                          });
     for (int64_t b = member.rows.begin; b < member.rows.begin + rows; ++b)
       cell_.operand_backward(row_of_step(task, member, chunk, t, b));
+    round_gates(task, member, chunk, t, 0, first_gates_);
   }
 
   // Through h = W_hr m, m the cell's own output. Keeps dh of the chunk for the gradient of W_hr.
   void unproject(const Task& task, int64_t begin, int64_t end, const Chunk& chunk, int64_t t) {
     Direction& dir = *task.dir;
-    for_panels<A>(1, 0, Hp_, [&](int64_t column, int vectors) {
-      times(end - begin, 1, p_.R, p_.H, dir.dh + begin * Rp_, Rp_, task.weights.hr, dir.packed_hr,
-            column, vectors, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
+    for (int64_t i = begin * Rp_; kRounds && i < end * Rp_; i += L)
+      store(dir.operand_r + i, load(dir.dh + i));
+    const int64_t at_once = dir.packed_hr ? end - begin : 0;
+    for_panels_at_once<A>(at_once, 1, 0, Hp_, [&](int64_t column, int vectors, int panels) {
+      times(end - begin, 1, p_.R, p_.H, dir.operand_r + begin * Rp_, Rp_, task.weights.hr,
+            dir.packed_hr, column, vectors, panels, nullptr, 0,
+            dir.d_unprojected + begin * Hp_ + column, Hp_);
     });
     for (int64_t b = begin; b < end; ++b) {
       copy_row<A>(dir.dh + b * Rp_, Rp_, Rp_, dir.d_projected + chunk.row(t, b) * (Rp_ + kSkew));
@@ -387,21 +433,22 @@ class BackwardScan : Scan<BackwardProblem> {
     }
   }
 
-  // out[m, column...] = a[m, :] W + add for one panel of columns of W[gates*units, N].
-  void times(int64_t rows, int64_t gates, int64_t units, int64_t N, const A* a, int64_t lda,
-             const void* w, const A* packed, int64_t column, int vectors, const A* add,
+  // out[m, column...] = a[m, :] W + add for a panel of columns of W[gates*units, N], or two packed
+  // ones.
+  void times(int64_t rows, int64_t gates, int64_t units, int64_t N, const O* a, int64_t lda,
+             const void* w, const W* packed, int64_t column, int vectors, int panels, const A* add,
              int64_t ld_add, A* out, int64_t ldo) const {
     const int64_t padded = pad_units(units);
-    if constexpr (!kLowPrecision)
+    if constexpr (!kRounds)
       if (!packed)
-        return times_rows<A>(rows, gates, units, padded, N, a, lda, static_cast<const A*>(w),
-                             column, vectors, add, ld_add, out, ldo);
+        return times_rows(rows, gates, units, padded, N, a, lda, static_cast<const S*>(w), column,
+                          vectors, add, ld_add, out, ldo);
     const int64_t K = gates * padded;
-    for_row_tiles<A, Left::kRows, Right::kPanel>(
-        rows, vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
-          tile(K, a + m * lda, lda, packed + column * K, vectors * L,
-               add ? add + m * ld_add : nullptr, ld_add, out + m * ldo, ldo);
-        });
+    const W* panel = packed + column * packed_rows<W>(K);
+    for_row_tiles<O, W>(rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
+      tile(K, a + m * lda, lda, panel, vectors * L, add ? add + m * ld_add : nullptr, ld_add,
+           out + m * ldo, ldo);
+    });
   }
 
   // dh += dgates W_hh for this member's units.
@@ -409,15 +456,17 @@ class BackwardScan : Scan<BackwardProblem> {
     Direction& dir = *task.dir;
     const int64_t rows = alive(member, t);
     if (rows == 0) return;
-    const A* gates = dir.gates_h + chunk.row(t, member.rows.begin) * ldg_;
+    const O* gates = dir.operand_h + chunk.row(t, member.rows.begin) * ldg_;
     A* dh = dir.dh + member.rows.begin * Rp_;
     A* out = dir.h_mask ? dir.d_masked + member.rows.begin * Rp_ : dh;
     const A* before = dir.h_mask ? nullptr : dh;
     const Range columns = units_of_h(member.units);
-    for_panels<A>(1, columns.begin, columns.end, [&](int64_t column, int vectors) {
-      times(rows, first_gates_, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column,
-            vectors, before ? before + column : nullptr, Rp_, out + column, Rp_);
-    });
+    const int64_t at_once = dir.packed_hh ? rows : 0;
+    for_panels_at_once<A>(
+        at_once, 1, columns.begin, columns.end, [&](int64_t column, int vectors, int panels) {
+          times(rows, first_gates_, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column,
+                vectors, panels, before ? before + column : nullptr, Rp_, out + column, Rp_);
+        });
     const A* mask = dir.h_mask + member.rows.begin * Rp_;
     for (int64_t m = 0; dir.h_mask && m < rows; ++m)
       for (int64_t u = m * Rp_ + columns.begin; u < m * Rp_ + columns.end; u += L)
@@ -453,7 +502,7 @@ class BackwardScan : Scan<BackwardProblem> {
     A* panels = slabs + first * columns;
     for_panels<A>(1, 0, columns, [&](int64_t column, int vectors) {
       for (int v = 0; v < vectors; ++v) {
-        const PanelVector<A> at(panels + column * count, count, vectors, v);
+        const PanelVector at(panels + column * count, count, vectors, v, L);
         store(at.data + (row - first) * at.stride, load(column + v * L));
       }
     });
@@ -517,28 +566,39 @@ class BackwardScan : Scan<BackwardProblem> {
     }
   }
 
-  // Where a gradient is accumulated: in the tensor itself, or before rounding in memory of our own.
-  static A* accumulator(void* tensor, A* own) {
-    return kLowPrecision ? own : static_cast<A*>(tensor);
+  // Whether one product is the whole gradient of a weight: it is then rounded at once.
+  bool one_product() const {
+    return plan_.blocks == 1 && plan_.chunk_steps >= steps_.T && steps_.N <= kSlab;
+  }
+
+  // Calls product(out) with where a gradient is added up: in the tensor itself, or before rounding
+  // in memory of our own.
+  template <class Product>
+  static void add_up(void* tensor, A* own, Product product) {
+    if constexpr (kLowPrecision)
+      if (own) return product(own);
+    product(static_cast<S*>(tensor));
   }
 
   void weight_gradients(const Task& task, const Member& member, const Chunk& chunk) {
     Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
-    outer_product(chunk, G_, p_.H, units, dir.gates_x, ldg_, dir.x, task.I,
-                  accumulator(grads.ih, dir.d_ih));
-    if (info_.recurrent) {
-      A* d_hh = accumulator(grads.hh, dir.d_hh);
-      outer_product(chunk, first_gates_, p_.H, units, dir.gates_h, ldg_, dir.h, p_.R, d_hh);
-      if (info_.two_products())
-        outer_product(chunk, second_gates(), p_.H, units, dir.gates_h + first_gates_ * Hp_, ldg_,
-                      dir.operand, p_.R, d_hh + first_gates_ * p_.H * p_.R);
-    }
+    add_up(grads.ih, dir.d_ih, [&](auto* out) {
+      outer_product(chunk, G_, p_.H, units, dir.gates_x, ldg_, dir.x, task.I, out);
+    });
+    if (info_.recurrent)
+      add_up(grads.hh, dir.d_hh, [&](auto* out) {
+        outer_product(chunk, first_gates_, p_.H, units, dir.gates_h, ldg_, dir.h, p_.R, out);
+        if (info_.two_products())
+          outer_product(chunk, second_gates(), p_.H, units, dir.gates_h + first_gates_ * Hp_, ldg_,
+                        dir.operand, p_.R, out + first_gates_ * p_.H * p_.R);
+      });
     if (p_.projected())
-      outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
-                    dir.d_projected, Rp_ + kSkew, dir.unprojected, p_.H,
-                    accumulator(grads.hr, dir.d_hr));
+      add_up(grads.hr, dir.d_hr, [&](auto* out) {
+        outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
+                      dir.d_projected, Rp_ + kSkew, dir.unprojected, p_.H, out);
+      });
     const int end = G_ + info_.diagonals;
     sum_rows(chunk, units, grads.bias_ih ? 0 : G_, end, dir.gates_x, dir.d_bias_ih);
     if (grads.bias_ih && !info_.sums_gates)
@@ -546,8 +606,9 @@ class BackwardScan : Scan<BackwardProblem> {
   }
 
   // out[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`.
+  template <class C>
   static void outer_product(const Chunk& chunk, int64_t gates, int64_t units, Range range,
-                            const A* left, int64_t ld_left, const A* right, int64_t N, A* out) {
+                            const A* left, int64_t ld_left, const A* right, int64_t N, C* out) {
     const int64_t height = (range.end < units ? range.end : units) - range.begin;
     if (height <= 0) return;
     // Every panel must take the tiles of the widest.
@@ -560,7 +621,7 @@ class BackwardScan : Scan<BackwardProblem> {
       const A* panels = right + slab * pad_units(N);
       const bool overwrite = chunk.is_first && slab == 0;
       for (int64_t g = 0; g < gates; ++g)
-        for_row_tiles<A, Left::kColumns, Right::kPanel>(
+        for_row_tiles<A, A, Left::kColumns, Right::kPanel>(
             height, kMaxVectors, [&](int64_t m, int64_t tile_height, TileFunction<A>) {
               const A* from = left + slab * ld_left + g * pad_units(units) + range.begin + m;
               for (int64_t k = 0; k < count; ++k)
@@ -573,20 +634,23 @@ class BackwardScan : Scan<BackwardProblem> {
   }
 
   // c[m, i] (+)= sum over k of columns[k, m] * right[k, i].
+  template <class C>
   static void accumulate(int64_t height, int64_t K, const A* columns, const A* right, int64_t N,
-                         bool overwrite, A* c) {
+                         bool overwrite, C* c) {
     alignas(64) A edge[kMaxRows * kPanel];
     for_panels<A>(1, 0, pad_units(N), [&](int64_t column, int vectors) {
       const TileFunction<A> tile =
-          kTiles<A, Left::kColumns, Right::kPanel>.at[vectors - 1][height - 1];
+          kTiles<A, A, Left::kColumns, Right::kPanel>.at[vectors - 1][height - 1];
       const A* panel = right + column * K;
-      A* to = c + column;
-      if (column + vectors * L <= N)
-        return tile(K, columns, height, panel, 0, overwrite ? nullptr : to, N, to, N);
+      C* to = c + column;
+      const int64_t width = vectors * L < N - column ? vectors * L : N - column;
+      if constexpr (std::is_same_v<C, A>)
+        if (width == vectors * L)
+          return tile(K, columns, height, panel, 0, overwrite ? nullptr : to, N, to, N);
       tile(K, columns, height, panel, 0, nullptr, 0, edge, kPanel);
       for (int64_t i = 0; i < height; ++i)
-        for (int64_t n = 0; n < N - column; n += L) {
-          const int64_t valid = N - column - n;
+        for (int64_t n = 0; n < width; n += L) {
+          const int64_t valid = width - n;
           Vector<A> sum = load(edge + i * kPanel + n);
           if (!overwrite) sum += load_partial(to + i * N + n, valid);
           store_partial(to + i * N + n, sum, valid);
@@ -631,8 +695,8 @@ class BackwardScan : Scan<BackwardProblem> {
       int64_t t = chunk.first;
       for (int64_t row = part.begin; row < part.end; row += kMaxRows) {
         const int64_t height = part.end - row < kMaxRows ? part.end - row : kMaxRows;
-        times(height, G_, p_.H, task.I, dir.gates_x + row * ldg_, ldg_, task.weights.ih,
-              dir.packed_ih, column, vectors, nullptr, 0, tile_out, kPanel);
+        times(height, G_, p_.H, task.I, dir.operand_x + row * ldg_, ldg_, task.weights.ih,
+              dir.packed_ih, column, vectors, 1, nullptr, 0, tile_out, kPanel);
         for (int64_t i = 0; i < height; ++i) {
           while (row + i >= chunk.offsets[t + 1 - chunk.first]) ++t;
           const int64_t b = row + i - chunk.row(t, 0);
@@ -709,6 +773,7 @@ class BackwardScan : Scan<BackwardProblem> {
     if constexpr (kLowPrecision) {
       const auto round_rows = [](const A* own, void* tensor, int64_t gates, int64_t height,
                                  Range range, int64_t N) {
+        if (!own) return;
         const int64_t end = range.end < height ? range.end : height;
         for (int64_t g = 0; g < gates; ++g)
           for (int64_t row = g * height + range.begin; row < g * height + end; ++row)

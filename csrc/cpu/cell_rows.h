@@ -13,17 +13,18 @@ namespace fused_rnn::cpu::FUSED_RNN_ISA {
 template <class S>
 struct ForwardStep {
   using A = Accumulate<S>;
-  A* x;  // pre-activations from the input; `operand` changes its first gates
+  using O = Operand<S>;  // what is the left operand of a product
+  A* x;                  // pre-activations from the input; `operand` changes its first gates
   int64_t ldx;
   const A* w;  // [P] diagonals
   int64_t w_stride;
-  const A* before;  // h before the step; null where a projection follows, which only LSTMs have
-  A* after;         // h after it, as the output holds it
+  const O* before;  // h before the step; null where a projection follows, which only LSTMs have
+  O* after;         // h after it, as the output holds it
   int64_t ld_state;
   A* c;  // null for a cell without
   int64_t ldc;
-  A* own;          // the cell's own h where a projection follows, else null
-  A* operand;      // of the second product, where there is one
+  O* own;          // the cell's own h where a projection follows, else null
+  O* operand;      // of the second product, where there is one
   int64_t ld_own;  // of both
   S* y;            // the output
   int64_t ldy;
@@ -33,7 +34,7 @@ struct ForwardStep {
   S* all_c;                // c for the caller, null when not wanted
   int64_t ld_all_c, valid_c;
   const A* h_mask;  // [rows, ld_state] what h is multiplied by for W_hh, into `masked`; or null
-  A* masked;
+  O* masked;
   bool zoned;
   A zoneout[2];                 // the share of h and c that stays
   const uint8_t* zoneout_mask;  // or which units of them, [S*H] of a row; null where there is none
@@ -123,9 +124,9 @@ void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
     const int64_t u = tile.unit + v * L;
     const A* gx = step.x + tile.row * step.ldx + tile.x_at + v * L;
     const A* gh = tile.h + v * L;
-    const A* before = step.before ? step.before + tile.row * step.ld_state + u : nullptr;
+    const auto* before = step.before ? step.before + tile.row * step.ld_state + u : nullptr;
     A* c = Cell::kStates > 1 ? step.c + tile.row * step.ldc + u : nullptr;
-    A* own = step.own ? step.own + tile.row * step.ld_own + u : nullptr;
+    auto* own = step.own ? step.own + tile.row * step.ld_own + u : nullptr;
     A* slot = step.saved ? step.saved + tile.row * step.ld_saved + u : nullptr;
     V w[Cell::kDiagonals + 1];
     for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load(step.w + p * step.w_stride + u);

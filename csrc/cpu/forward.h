@@ -9,6 +9,8 @@ namespace fused_rnn::cpu::FUSED_RNN_ISA {
 template <class S>
 class ForwardScan : Scan<ForwardProblem> {
   using A = Accumulate<S>;
+  using O = Operand<S>;
+  using W = Packed<S>;
   static constexpr int L = kLanes<A>;
   static constexpr int kPanelWidth = kMaxVectors * L;
 
@@ -25,18 +27,18 @@ class ForwardScan : Scan<ForwardProblem> {
       Direction& dir = directions_ ? directions_[slot] : measured;
       const WeightSizes largest{widest_, p_.H, p_.R, p_.projected()};
       if (!p_.frozen()) dir.packed.lay_out(arena, info_, largest, plan_.pack_ih, plan_.pack_hh);
-      dir.h[0] = arena.take<A>(steps_.B * Rp_);
-      dir.h[1] = arena.take<A>(steps_.B * Rp_);
+      dir.h[0] = arena.take<O>(steps_.B * Rp_);
+      dir.h[1] = arena.take<O>(steps_.B * Rp_);
       dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
-      dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
-      dir.operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
+      dir.unprojected = arena.take<O>(p_.projected() ? steps_.B * Hp_ : 0);
+      dir.operand = arena.take<O>(info_.two_products() ? steps_.B * Hp_ : 0);
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
-      for (A*& masked : dir.masked) masked = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
+      for (O*& masked : dir.masked) masked = arena.take<O>(p_.h_mask ? steps_.B * Rp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
       const int64_t members = team(by_layers() ? 0 : slot).size();
       gates_stride_ = plan_.split == Split::kUnits ? 0 : chunk_rows * G_ * Hp_;
       dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G_ * Hp_);
-      dir.staged = arena.take<A>(members * chunk_rows * widest_);
+      dir.staged = arena.take<O>(members * chunk_rows * widest_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
       dir.steps = arena.take<ForwardStep<S>>(members);
     }
@@ -56,15 +58,15 @@ class ForwardScan : Scan<ForwardProblem> {
 
  private:
   struct Direction {
-    PackedWeights<A> packed;  // of the layer at work; unused where weights are frozen
-    A* h[2];                  // [B, Rp]: read at one step, written at the next
+    PackedWeights<S> packed;  // of the layer at work; unused where weights are frozen
+    O* h[2];                  // [B, Rp]: read at one step, written at the next
     A* c;                     // [B, Hp]
-    A* unprojected;           // [B, Hp]
-    A* operand;               // [B, Hp], of the second product
+    O* unprojected;           // [B, Hp]
+    O* operand;               // [B, Hp], of the second product
     A* h_mask;                // [B, Rp]
-    A* masked[2];             // [B, Rp]: h times its mask
+    O* masked[2];             // [B, Rp]: h times its mask
     A* gates_x;               // [members, chunk rows, G*Hp] in panel order
-    A* staged;                // [members, chunk rows, I]
+    O* staged;                // [members, chunk rows, I]
     ForwardStep<S>* steps;    // [members]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
                              // of its steps
@@ -76,7 +78,7 @@ class ForwardScan : Scan<ForwardProblem> {
     int64_t d;
     Direction* dir;
     Weights weights;
-    PackedWeights<A> packed;
+    PackedWeights<S> packed;
     int64_t I;
     Sequence input;
     Sequence output;
@@ -88,10 +90,10 @@ class ForwardScan : Scan<ForwardProblem> {
             steps_.offsets != nullptr};
   }
 
-  PackedWeights<A> packed_weights(int64_t layer, int64_t d) const {
+  PackedWeights<S> packed_weights(int64_t layer, int64_t d) const {
     if (!p_.frozen()) return directions_[slot_of_work(layer, d)].packed;
     // Only read, but an Arena hands out what may be written.
-    return weights_in<A>(const_cast<void*>(p_.weights[layer * p_.dirs + d].packed), info_,
+    return weights_in<S>(const_cast<void*>(p_.weights[layer * p_.dirs + d].packed), info_,
                          p_.weight_sizes(layer));
   }
 
@@ -141,8 +143,7 @@ class ForwardScan : Scan<ForwardProblem> {
     const auto mine = [&] {
       return plan_.split == Split::kUnits || turn++ % member.size == member.index;
     };
-    task.packed.template pack<S>(info_, p_.weight_sizes(task.layer), task.weights, member.units,
-                                 mine);
+    task.packed.pack(info_, p_.weight_sizes(task.layer), task.weights, member.units, mine);
   }
 
   // The states before the first step. Both buffers of h start from h0: in a ragged batch the
@@ -167,13 +168,13 @@ class ForwardScan : Scan<ForwardProblem> {
   void begin_sequence(const Task& task, Range units, int64_t b, int64_t parity, bool from_zero) {
     const Direction& dir = *task.dir;
     const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B + steps_.place(b);
-    const auto copy = [&](const void* tensor, Range range, int64_t n, A* to) {
+    const auto copy = [&](const void* tensor, Range range, int64_t n, auto* to) {
       const S* from = tensor && !from_zero ? static_cast<const S*>(tensor) + state * n : nullptr;
       for (int64_t u = range.begin; u < range.end; u += L)
         store(to + u, from ? load_partial(from + u, n - u) : Vector<A>{});
     };
     const Range h_units = units_of_h(units);
-    A* h = dir.h[parity] + b * Rp_;
+    O* h = dir.h[parity] + b * Rp_;
     copy(p_.h0, h_units, p_.R, h);
     for (int64_t u = h_units.begin; dir.h_mask && u < h_units.end; u += L)
       store(dir.masked[parity] + b * Rp_ + u, load(h + u) * load(dir.h_mask + b * Rp_ + u));
@@ -200,9 +201,9 @@ class ForwardScan : Scan<ForwardProblem> {
     const int64_t rows = offsets[count];
     if (rows == 0) return;
 
-    const A* x = nullptr;
+    const O* x = nullptr;
     int64_t ldx = 0;
-    if constexpr (sizeof(S) == sizeof(A)) {
+    if constexpr (std::is_same_v<S, O>) {
       const Sequence& in = task.input;
       const bool gapless = in.packed || (!steps_.offsets && in.stride_t == steps_.B * in.stride_b);
       const bool one_step = count == 1 && (in.packed || !steps_.order);
@@ -213,7 +214,7 @@ class ForwardScan : Scan<ForwardProblem> {
       }
     }
     if (!x) {
-      A* staged = dir.staged + member.index * part_rows_ * plan_.chunk_steps * widest_;
+      O* staged = dir.staged + member.index * part_rows_ * plan_.chunk_steps * widest_;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t m = 0; m < offsets[i + 1] - offsets[i]; ++m)
           stage(row_of<S>(task.input, steps_, first + i, member.rows.begin + m), task.I,
@@ -223,34 +224,37 @@ class ForwardScan : Scan<ForwardProblem> {
     }
 
     A* gates = gates_x(task, member);
-    for_panels<A>(G_, member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
-      product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
-              task.packed.ih, unit, vectors, task.packed.bias_ih + unit * G_, gates + unit * G_,
-              G_ * Hp_);
-    });
+    for_panels_at_once<A>(task.packed.ih ? rows : 0, G_, member.units.begin, member.units.end,
+                          [&](int64_t unit, int vectors, int panels) {
+                            product(G_, rows, task.I, x, ldx,
+                                    static_cast<const S*>(task.weights.ih), p_.H, task.packed.ih,
+                                    unit, vectors, panels, task.packed.bias_ih + unit * G_,
+                                    gates + unit * G_, G_ * Hp_);
+                          });
   }
 
-  static void stage(const S* src, int64_t n, A* dst) {
+  static void stage(const S* src, int64_t n, O* dst) {
     for (int64_t i = 0; i < n; i += L) store_partial(dst + i, load_partial(src + i, n - i), n - i);
   }
 
-  // out[m, panel] = x[m, :] W^T + bias for one panel of units.
-  void product(int gates, int64_t rows, int64_t K, const A* x, int64_t ldx, const S* w,
-               int64_t units, const A* packed, int64_t unit, int vectors, const A* bias, A* out,
-               int64_t ldo) const {
+  // out[m, panel] = x[m, :] W^T + bias for a panel of units, or two packed ones.
+  void product(int gates, int64_t rows, int64_t K, const O* x, int64_t ldx, const S* w,
+               int64_t units, const W* packed, int64_t unit, int vectors, int panels, const A* bias,
+               A* out, int64_t ldo) const {
     if (!packed) return dot<S>(rows, K, x, ldx, w, gates, units, unit, vectors, bias, out, ldo);
     const int64_t width = int64_t(gates) * vectors * L;
-    for_row_tiles<A, Left::kRows, Right::kPanel>(
-        rows, gates * vectors, [&](int64_t m, int64_t, TileFunction<A> tile) {
-          tile(K, x + m * ldx, ldx, packed + unit * gates * K, width, bias, 0, out + m * ldo, ldo);
-        });
+    const W* panel = packed + unit * gates * packed_rows<W>(K);
+    for_row_tiles<O, W>(rows, panels, gates * vectors,
+                        [&](int64_t m, int64_t, TileFunction<O, W> tile) {
+                          tile(K, x + m * ldx, ldx, panel, width, bias, 0, out + m * ldo, ldo);
+                        });
   }
 
   // Where a member's rows stand, but for what moves from step to step.
   ForwardStep<S> rows_of_block(const Task& task, const Member& member) const {
     const Direction& dir = *task.dir;
     const int64_t first = member.rows.begin;
-    const auto row_of_state = [&](A* state, int64_t size) {
+    const auto row_of_state = [&](auto* state, int64_t size) {
       return state ? state + first * size : nullptr;
     };
     ForwardStep<S> at{};
@@ -315,10 +319,11 @@ class ForwardScan : Scan<ForwardProblem> {
     const int64_t rows = alive(member, t);
     if (rows > 0) {
       const ForwardStep<S>& at = rows_of_step(task, member, t, index_in_chunk, parity);
-      for_panels<A>(task.packed.recurrent[which].gates, member.units.begin, member.units.end,
-                    [&](int64_t unit, int vectors) {
-                      panel(task, member, at, rows, parity, which, unit, vectors);
-                    });
+      const auto& r = task.packed.recurrent[which];
+      for_panels_at_once<A>(r.packed ? rows : 0, r.gates, member.units.begin, member.units.end,
+                            [&](int64_t unit, int vectors, int panels) {
+                              panel(task, member, at, rows, parity, which, unit, vectors, panels);
+                            });
       if (p_.projected()) project(task, at, rows);
     }
     if (which == 1 || !info_.two_products())
@@ -327,26 +332,28 @@ class ForwardScan : Scan<ForwardProblem> {
 
   // Some units of it: the product tile by tile, and on each tile the cell.
   void panel(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
-             int64_t parity, int which, int64_t unit, int vectors) const {
+             int64_t parity, int which, int64_t unit, int vectors, int panels) const {
     const Direction& dir = *task.dir;
     const auto& r = task.packed.recurrent[which];
     const int64_t width = int64_t(r.gates) * vectors * L;
     const A* bias = r.bias + unit * r.gates;
     const auto cell = [&](int64_t m, int64_t height, const A* gates_h, int64_t ldh) {
-      apply_cell(member, at, m, height, which, unit, vectors, gates_h, ldh);
+      for (int p = 0; p < panels; ++p)
+        apply_cell(member, at, m, height, which, unit + p * vectors * L, vectors,
+                   gates_h + p * width, ldh);
     };
     if (!info_.recurrent) return cell(0, rows, bias, 0);
     const int64_t lda = which == 0 ? Rp_ : Hp_;
-    const A* h = dir.h_mask ? dir.masked[parity] : dir.h[parity];
-    const A* a = (which == 0 ? h : dir.operand) + member.rows.begin * lda;
+    const O* h = dir.h_mask ? dir.masked[parity] : dir.h[parity];
+    const O* a = (which == 0 ? h : dir.operand) + member.rows.begin * lda;
     alignas(64) A gates_h[kMaxRows * kPanelWidth];
     if (r.packed) {
-      const A* packed = r.packed + unit * r.gates * p_.R;
-      for_row_tiles<A, Left::kRows, Right::kPanel>(
-          rows, r.gates * vectors, [&](int64_t m, int64_t height, TileFunction<A> tile) {
-            tile(p_.R, a + m * lda, lda, packed, width, bias, 0, gates_h, width);
-            cell(m, height, gates_h, width);
-          });
+      const W* packed = r.packed + unit * r.gates * packed_rows<W>(p_.R);
+      for_row_tiles<O, W>(rows, panels, r.gates * vectors,
+                          [&](int64_t m, int64_t height, TileFunction<O, W> tile) {
+                            tile(p_.R, a + m * lda, lda, packed, width, bias, 0, gates_h, width);
+                            cell(m, height, gates_h, width);
+                          });
       return;
     }
     const S* w = static_cast<const S*>(task.weights.hh) + r.first * p_.H * p_.R;
@@ -377,14 +384,15 @@ class ForwardScan : Scan<ForwardProblem> {
   // h = W_hr (o tanh c), for an LSTM with projection.
   void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
     alignas(64) A projected[kMaxRows * kPanelWidth];
-    alignas(64) const A zeros[kPanelWidth] = {};
-    for_panels<A>(1, 0, Rp_, [&](int64_t unit, int vectors) {
+    alignas(64) const A zeros[2 * kPanelWidth] = {};
+    const int64_t at_once = task.packed.hr ? rows : 0;
+    for_panels_at_once<A>(at_once, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels) {
       for (int64_t m = 0; m < rows; m += kMaxRows) {
         const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
         product(1, height, p_.H, at.own + m * Hp_, Hp_, static_cast<const S*>(task.weights.hr),
-                p_.R, task.packed.hr, unit, vectors, zeros, projected, vectors * L);
+                p_.R, task.packed.hr, unit, vectors, panels, zeros, projected, vectors * L);
         for (int64_t i = m; i < m + height; ++i)
-          for (int v = 0; v < vectors; ++v) {
+          for (int v = 0; v < panels * vectors; ++v) {
             const int64_t u = unit + v * L;
             const Vector<A> h = emit_h(at, i, u, load(projected + ((i - m) * vectors + v) * L));
             if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);

@@ -7,6 +7,9 @@
 namespace fused_rnn::cpu {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const Isa kIsa;
+}
 namespace avx512 {
 extern const Isa kIsa;
 }
@@ -22,6 +25,7 @@ namespace {
 
 const Isa* const kCompiled[] = {
 #if defined(__x86_64__)
+    &avx512_bf16::kIsa,
     &avx512::kIsa,
     &avx2::kIsa,
 #endif
@@ -35,9 +39,11 @@ bool runs_here(const char* name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (!std::strcmp(name, "avx2")) return avx2;
-  if (!std::strcmp(name, "avx512"))
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(name, "avx512")) return avx512;
+  if (!std::strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return !std::strcmp(name, "baseline");
 }
@@ -71,7 +77,7 @@ PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes) {
   const auto set = [](auto& field, const char* word) {
     std::strncpy(field, word, sizeof(field) - 1);
   };
-  set(tag.layout, "fused_rnn 1");
+  set(tag.layout, "fused_rnn 2");
   set(tag.isa, chosen_isa().name);
   set(tag.cell, cell.name);
   set(tag.dtype, kDTypes[int(dtype)]);

@@ -1,8 +1,8 @@
 // Weights for the tile: repacked where enough rows will use them, read as they are where not.
 //
 // A panel is up to kMaxVectors vectors, in strips (Right::kPanel). Panels follow one another, so
-// the panel that starts at column c of a matrix with K rows stands at offset c * K. Columns beyond
-// the matrix are zero.
+// the panel that starts at column c of a matrix with K rows stands at offset c * packed_rows(K).
+// Columns beyond the matrix are zero.
 #pragma once
 
 #include "../core/problem.h"
@@ -25,41 +25,55 @@ FUSED_RNN_INLINE void for_panels(int gates, int64_t begin, int64_t end, Body bod
     body(unit, int((end - unit < width ? end - unit : width) / kLanes<A>));
 }
 
+// Calls body(first_unit, vectors, panels) for what a product of so many rows takes of them at once.
+template <class A, class Body>
+FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,
+                                         Body body) {
+  const int64_t two = 2 * panel_units<A>(gates);
+  for (; rows == 1 && begin + two <= end; begin += two) body(begin, int(two / 2 / kLanes<A>), 2);
+  for_panels<A>(gates, begin, end, [&](int64_t unit, int vectors) { body(unit, vectors, 1); });
+}
+
 // Vector `v` of a packed panel: where its first row stands, and how far the next.
-template <class A>
+template <class W>
 struct PanelVector {
-  A* data;
+  W* data;
   int64_t stride;
-  PanelVector(A* panel, int64_t K, int vectors, int v) {
+  PanelVector(W* panel, int64_t rows, int vectors, int v, int L) {
     const int strip = v / kStrip * kStrip;
     const int width = vectors - strip < kStrip ? vectors - strip : kStrip;
-    data = panel + (strip * K + v - strip) * kLanes<A>;
-    stride = width * kLanes<A>;
+    data = panel + (strip * rows + v - strip) * L;
+    stride = width * L;
   }
 };
 
 // W[gates*H, K], to be used as x W^T: dst[k, g, v, lane] = W[g*H + unit + v*L + lane, k].
 template <class S>
 void pack_transposed(const S* w, int gates, int64_t H, int64_t K, int64_t unit, int vectors,
-                     Accumulate<S>* dst) {
+                     Packed<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
+  constexpr int depth = kDepth<Packed<S>>;
+  const int64_t rows_of_panel = packed_rows<Packed<S>>(K);
   // Along K inside: the L rows are streams that the processor prefetches, and few enough not to
   // fight for cache sets where K is a power of two.
   for (int g = 0; g < gates; ++g)
     for (int v = 0; v < vectors; ++v) {
-      const PanelVector<A> out(dst, K, gates * vectors, g * vectors + v);
+      const PanelVector out(dst, rows_of_panel, gates * vectors, g * vectors + v, L);
       const int64_t first = unit + v * L;
-      for (int64_t k = 0; k < K; k += L) {
+      for (int64_t row = 0; row < rows_of_panel; row += L) {
+        const int64_t k = row * depth;
         Vector<A> rows[L];
 #pragma GCC unroll 16
         for (int lane = 0; lane < L; ++lane)
-          rows[lane] = first + lane < H ? load_partial(w + (g * H + first + lane) * K + k, K - k)
-                                        : Vector<A>{};
+          rows[lane] =
+              first + lane < H
+                  ? reinterpret_cast<Vector<A>>(load_row(w + (g * H + first + lane) * K + k, K - k))
+                  : Vector<A>{};
         transpose<A>(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
-          if (k + i < K) store(out.data + (k + i) * out.stride, rows[i]);
+          if (row + i < rows_of_panel) store(out.data + (row + i) * out.stride, rows[i]);
       }
     }
 }
@@ -68,16 +82,23 @@ void pack_transposed(const S* w, int gates, int64_t H, int64_t K, int64_t unit, 
 // j < Hp are zero.
 template <class S>
 void pack_rows(const S* w, int64_t G, int64_t H, int64_t Hp, int64_t N, int64_t column, int vectors,
-               Accumulate<S>* dst) {
+               Packed<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
+  constexpr int depth = kDepth<Packed<S>>;
   for (int64_t g = 0; g < G; ++g)
-    for (int64_t j = 0; j < Hp; ++j)
+    for (int64_t j = 0; j < Hp; j += depth)
       for (int v = 0; v < vectors; ++v) {
         const int64_t n = column + v * L;
-        const PanelVector<A> out(dst, G * Hp, vectors, v);
-        store(out.data + (g * Hp + j) * out.stride,
-              j < H ? load_partial(w + (g * H + j) * N + n, N - n) : Vector<A>{});
+        const PanelVector out(dst, G * Hp / depth, vectors, v, L);
+        const auto row = [&](int64_t i) {
+          return i < H ? load_partial(w + (g * H + i) * N + n, N - n) : Vector<A>{};
+        };
+        Packed<S>* to = out.data + (g * Hp + j) / depth * out.stride;
+        if constexpr (depth == 2)
+          store_pairs(to, row(j), row(j + 1));
+        else
+          store(to, row(j));
       }
 }
 
@@ -106,11 +127,26 @@ void pack_diagonals(const S* diag, int diagonals, int64_t H, int64_t begin, int6
 // out[m, g, v, lane] = a[m, :] . W[g*H + unit + v*L + lane, :] + add: x W^T from W as it is, for
 // few rows. Rows of W are contiguous in K, so each element is a dot product.
 template <class S>
-void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, int gates,
-         int64_t H, int64_t unit, int vectors, const Accumulate<S>* add, Accumulate<S>* out,
-         int64_t ldo) {
+void dot(int64_t M, int64_t K, const Operand<S>* a, int64_t lda, const S* w, int gates, int64_t H,
+         int64_t unit, int vectors, const Accumulate<S>* add, Accumulate<S>* out, int64_t ldo) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
+  using O = Operand<S>;
+  constexpr int depth = kDepth<Packed<S>>;
+  constexpr int parts = kParts<O, depth>;
+  constexpr int width = depth * L;  // elements of K at once
+  // sum[i] += some of a row of `a` times those of row i of W.
+  const auto next = [](const O* x, const S* const(&rows)[L], int64_t k, int64_t n,
+                       Vector<A>(&sum)[L]) __attribute__((always_inline)) {
+    decltype(weights_of_part<O>(load_row(rows[0], n), 0)) operands[parts];
+    load_operands<depth>(x + k, n, operands);
+#pragma GCC unroll 2
+    for (int part = 0; part < parts; ++part)
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        sum[i] = multiply_add(sum[i], operands[part],
+                              weights_of_part<O>(load_row(rows[i] + k, n), part));
+  };
   for (int g = 0; g < gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t first = unit + v * L;
@@ -125,16 +161,8 @@ void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, 
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) sum[i] = Vector<A>{};
           int64_t k = 0;
-          for (; k + L <= K; k += L) {
-            const Vector<A> x = load(a + m * lda + k);
-#pragma GCC unroll 16
-            for (int i = 0; i < L; ++i) sum[i] += x * load(rows[i] + k);
-          }
-          if (k < K) {
-            const Vector<A> x = load_partial(a + m * lda + k, K - k);
-#pragma GCC unroll 16
-            for (int i = 0; i < L; ++i) sum[i] += x * load_partial(rows[i] + k, K - k);
-          }
+          for (; k + width <= K; k += width) next(a + m * lda, rows, k, width, sum);
+          if (k < K) next(a + m * lda, rows, k, K - k, sum);
           result = sum_lanes<A>(sum);
           if (valid < L) {
             A lanes[L];
@@ -149,21 +177,21 @@ void dot(int64_t M, int64_t K, const Accumulate<S>* a, int64_t lda, const S* w, 
 
 // out[m, column + ...] = sum_g a[m, g, :] W[g, :, column + ...] + add, for W[G*H, N] as it is.
 // Columns [column, column + vectors*L) may reach beyond N: those results are zero.
-template <class A>
+template <class S, class A>
 void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A* a, int64_t lda,
-                const A* w, int64_t column, int vectors, const A* add, int64_t ld_add, A* out,
+                const S* w, int64_t column, int vectors, const A* add, int64_t ld_add, A* out,
                 int64_t ldo) {
   constexpr int L = kLanes<A>;
   int whole = vectors;
   while (whole > 0 && column + whole * L > N) --whole;
   for (int64_t g = 0; g < G; ++g) {
-    const A* rows = w + g * H * N + column;
+    const S* rows = w + g * H * N + column;
     const A* left = a + g * Hp;
     const A* before = g ? out : add;
     const int64_t ld_before = g ? ldo : ld_add;
     if (whole > 0)
-      for_row_tiles<A, Left::kRows, Right::kRows>(
-          M, whole, [&](int64_t m, int64_t, TileFunction<A> tile) {
+      for_row_tiles<A, S, Left::kRows, Right::kRows>(
+          M, whole, [&](int64_t m, int64_t, TileFunction<A, S> tile) {
             tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr,
                  ld_before, out + m * ldo, ldo);
           });

@@ -7,18 +7,20 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-template <class A>
+template <class S>
 struct PackedWeights {
+  using A = Accumulate<S>;
+  using W = Packed<S>;
   // The part of W_hh that is multiplied at once: some gates of it.
   struct Recurrent {
     int first;  // gate
     int gates;
-    A* packed;  // panels of [R, gates*Hp], null where W_hh is read as it is
+    W* packed;  // panels of [R, gates*Hp], null where W_hh is read as it is
     A* bias;    // [gates*Hp] in panel order
   };
 
-  A* ih;                   // panels of [I, G*Hp], null where W_ih is read as it is
-  A* hr;                   // panels of [H, Rp]
+  W* ih;                   // panels of [I, G*Hp], null where W_ih is read as it is
+  W* hr;                   // panels of [H, Rp]
   A* bias_ih;              // [G*Hp] in panel order
   Recurrent recurrent[2];  // the second has no gates but where a cell has two products
   A* diag;                 // [P, Hp]
@@ -26,27 +28,28 @@ struct PackedWeights {
   void lay_out(Arena& arena, const CellInfo& cell, const WeightSizes& sizes, bool pack_ih,
                bool pack_hh) {
     const int64_t Hp = pad_units(sizes.H);
-    ih = arena.take<A>(pack_ih ? cell.gates * Hp * sizes.I : 0);
+    ih = arena.take<W>(pack_ih ? cell.gates * Hp * packed_rows<W>(sizes.I) : 0);
     const int first = cell.two_products() ? cell.first_gates : cell.gates;
     recurrent[0] = {0, first, nullptr, nullptr};
     recurrent[1] = {first, cell.gates - first, nullptr, nullptr};
     for (Recurrent& product : recurrent) {
       const bool pack = pack_hh && cell.recurrent;
-      product.packed = arena.take<A>(pack ? product.gates * Hp * sizes.R : 0);
+      product.packed = arena.take<W>(pack ? product.gates * Hp * packed_rows<W>(sizes.R) : 0);
       product.bias = arena.take<A>(product.gates * Hp);
     }
-    hr = arena.take<A>(pack_hh && sizes.projected ? pad_units(sizes.R) * sizes.H : 0);
+    hr = arena.take<W>(pack_hh && sizes.projected ? pad_units(sizes.R) * packed_rows<W>(sizes.H)
+                                                  : 0);
     bias_ih = arena.take<A>(cell.gates * Hp);
     diag = arena.take<A>(cell.diagonals * Hp);
   }
 
   // Packs those panels of some units for which mine() is true; it is asked once for each, in one
   // order.
-  template <class S, class Mine>
+  template <class Mine>
   void pack(const CellInfo& cell, const WeightSizes& sizes, const Weights& w, Range units,
             Mine mine) const {
     const auto gates_of = [&](const void* weight, const void* bias, int first, int gates, int64_t K,
-                              A* packed, A* packed_bias) {
+                              W* packed, A* packed_bias) {
       if (gates == 0) return;
       for_panels<A>(gates, units.begin, units.end, [&](int64_t unit, int vectors) {
         if (!mine()) return;
@@ -56,7 +59,7 @@ struct PackedWeights {
         pack_bias<S>(from(bias, 1), gates, sizes.H, unit, vectors, packed_bias + unit * gates);
         if (packed)
           pack_transposed<S>(from(weight, K), gates, sizes.H, K, unit, vectors,
-                             packed + unit * gates * K);
+                             packed + unit * gates * packed_rows<W>(K));
       });
     };
     gates_of(w.ih, w.bias_ih, 0, cell.gates, sizes.I, ih, bias_ih);
@@ -66,7 +69,7 @@ struct PackedWeights {
       for_panels<A>(1, 0, pad_units(sizes.R), [&](int64_t unit, int vectors) {
         if (mine())
           pack_transposed<S>(static_cast<const S*>(w.hr), 1, sizes.R, sizes.H, unit, vectors,
-                             hr + unit * sizes.H);
+                             hr + unit * packed_rows<W>(sizes.H));
       });
     if (cell.diagonals && mine())
       pack_diagonals(static_cast<const S*>(w.diag), cell.diagonals, sizes.H, units.begin, units.end,
@@ -76,12 +79,12 @@ struct PackedWeights {
 
 // The weights in a block of frozen ones, and how long it is. Their panels are those of all units:
 // whoever works on some units must work on whole panels (panel_step).
-template <class A>
-PackedWeights<A> weights_in(void* block, const CellInfo& cell, const WeightSizes& sizes,
+template <class S>
+PackedWeights<S> weights_in(void* block, const CellInfo& cell, const WeightSizes& sizes,
                             size_t* bytes = nullptr) {
   Arena arena(block);
   arena.take<PackedTag>(1);
-  PackedWeights<A> weights;
+  PackedWeights<S> weights;
   weights.lay_out(arena, cell, sizes, true, true);
   if (bytes) *bytes = arena.used();
   return weights;
@@ -101,15 +104,16 @@ int64_t panel_step(const CellInfo& cell) {
 template <class S>
 size_t packed_bytes(const CellInfo& cell, const WeightSizes& sizes) {
   size_t bytes = 0;
-  weights_in<Accumulate<S>>(nullptr, cell, sizes, &bytes);
+  weights_in<S>(nullptr, cell, sizes, &bytes);
   return bytes;
 }
 
 template <class S>
 void pack_weights(const CellInfo& cell, const WeightSizes& sizes, const Weights& weights,
                   void* block) {
-  weights_in<Accumulate<S>>(block, cell, sizes)
-      .template pack<S>(cell, sizes, weights, {0, pad_units(sizes.H)}, [] { return true; });
+  weights_in<S>(block, cell, sizes).pack(cell, sizes, weights, {0, pad_units(sizes.H)}, [] {
+    return true;
+  });
 }
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

@@ -206,8 +206,8 @@ void copy_row(const S* src, int64_t n, int64_t padded, Accumulate<S>* dst) {
 }
 
 // dst[begin, end) = src[begin, end), where only the first n elements of dst exist.
-template <class S>
-void store_row(const Accumulate<S>* src, int64_t begin, int64_t end, int64_t n, S* dst) {
+template <class S, class X>
+void store_row(const X* src, int64_t begin, int64_t end, int64_t n, S* dst) {
   constexpr int L = kLanes<Accumulate<S>>;
   for (int64_t i = begin; i < end && i < n; i += L) store_partial(dst + i, load(src + i), n - i);
 }

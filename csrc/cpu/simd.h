@@ -7,7 +7,8 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#include <utility>  // integer_sequence: a type, nothing is compiled from it
+#include <type_traits>  // types, nothing is compiled from them
+#include <utility>
 
 #include "../core/platform.h"
 
@@ -20,7 +21,10 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(FUSED_RNN_VECTOR_BYTES)  // a test, of wider vectors than this machine has
+constexpr int kVectorBytes = FUSED_RNN_VECTOR_BYTES;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kVectorRegisters = 32;
 #elif defined(__AVX2__)
@@ -83,9 +87,20 @@ typedef uint32_t U32Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t U16Vector __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t U16Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
+// 16-bit lanes to 32-bit ones. GCC 12 makes two halves of it by itself.
+FUSED_RNN_INLINE U32Vector widen(U16Vector v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32Vector>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U32Vector>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, U32Vector);
+#endif
+}
+
 FUSED_RNN_INLINE Vector<float> load(const BFloat16* p) {
   const U16Vector half = *reinterpret_cast<const U16Unaligned*>(p);
-  return reinterpret_cast<Vector<float>>(__builtin_convertvector(half, U32Vector) << 16);
+  return reinterpret_cast<Vector<float>>(widen(half) << 16);
 }
 
 // Round to nearest even; a NaN stays a NaN (adding the rounding bias could carry it to infinity).
@@ -178,6 +193,161 @@ FUSED_RNN_INLINE void store_partial(float* p, Vector<float> v, int64_t n) {
   _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
 }
 #endif
+
+// Two bfloat16 that stand side by side, the first in the lower half.
+struct BFloat16Pair {
+  uint32_t bits;
+};
+
+// Weights of a storage type as they stand in panels: bfloat16 in pairs of two rows of K, and half
+// precision widened where the set has no instruction for it.
+template <class S>
+struct PackedImpl {
+  using type = S;
+};
+template <>
+struct PackedImpl<BFloat16> {
+  using type = BFloat16Pair;
+};
+#if !defined(__AVX2__)
+template <>
+struct PackedImpl<Float16> {
+  using type = float;
+};
+#endif
+template <class S>
+using Packed = typename PackedImpl<S>::type;
+
+// Rows of K in a row of a panel.
+template <class W>
+constexpr int kDepth = 1;
+template <>
+constexpr int kDepth<BFloat16Pair> = 2;
+
+template <class W>
+constexpr int64_t packed_rows(int64_t K) {
+  return (K + kDepth<W> - 1) / kDepth<W>;
+}
+
+// What packed weights are multiplied by: numbers of the type they are summed in, and bfloat16 where
+// an instruction multiplies pairs. The baseline does it in the same way without one, so that all of
+// it is tested on machines that lack the instruction.
+#if defined(__AVX512BF16__) || !defined(__AVX2__)
+constexpr bool kMultipliesPairs = true;
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
+template <class S>
+struct OperandImpl {
+  using type = Accumulate<S>;
+};
+template <>
+struct OperandImpl<BFloat16> {
+  using type = std::conditional_t<kMultipliesPairs, BFloat16, float>;
+};
+template <class S>
+using Operand = typename OperandImpl<S>::type;
+
+FUSED_RNN_INLINE Vector<float> first_of(U32Vector pairs) {
+  return reinterpret_cast<Vector<float>>(pairs << 16);
+}
+FUSED_RNN_INLINE Vector<float> second_of(U32Vector pairs) {
+  return reinterpret_cast<Vector<float>>(pairs & 0xffff0000);
+}
+FUSED_RNN_INLINE U32Vector load_pairs(const void* p) {
+  typedef uint32_t Unaligned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+  return *static_cast<const Unaligned*>(p);
+}
+
+// Of a row of W the elements that fill a vector of a panel, where n are left: numbers, or pairs.
+template <class S>
+FUSED_RNN_INLINE Vector<Accumulate<S>> load_row(const S* p, int64_t n) {
+  return load_partial(p, n);
+}
+FUSED_RNN_INLINE U32Vector load_row(const BFloat16* p, int64_t n) {
+  constexpr int L = 2 * kLanes<float>;
+  if (n >= L) return load_pairs(p);
+  BFloat16 buffer[L] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load_pairs(buffer);
+}
+
+// A vector of a panel.
+template <class W>
+FUSED_RNN_INLINE auto load_packed(const W* p) {
+  return load(p);
+}
+FUSED_RNN_INLINE U32Vector load_packed(const BFloat16Pair* p) {
+  return load_pairs(p);
+}
+FUSED_RNN_INLINE void store(BFloat16Pair* p, Vector<float> pairs) {
+  store(reinterpret_cast<float*>(p), pairs);
+}
+// Pairs of numbers that bfloat16 holds exactly.
+FUSED_RNN_INLINE void store_pairs(BFloat16Pair* p, Vector<float> first, Vector<float> second) {
+  store(p, reinterpret_cast<Vector<float>>((reinterpret_cast<U32Vector>(first) >> 16) |
+                                           (reinterpret_cast<U32Vector>(second) & 0xffff0000)));
+}
+
+// Weights meet operands of type X part by part: pairs as a whole, or widened one after the other.
+template <class X, int depth>
+constexpr int kParts = std::is_same_v<X, BFloat16> ? 1 : depth;
+
+template <class X, class V>
+FUSED_RNN_INLINE auto weights_of_part(V weights, int part) {
+  if constexpr (std::is_same_v<V, U32Vector> && !std::is_same_v<X, BFloat16>)
+    return part == 0 ? first_of(weights) : second_of(weights);
+  else
+    return weights;
+}
+
+template <int part, int... lane>
+FUSED_RNN_INLINE Vector<float> every_second(Vector<float> a, Vector<float> b,
+                                            std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (2 * lane + part)...);
+}
+
+// Operands from p on, where n are left, as the parts of a row of W in memory meet them.
+template <int depth, class A>
+FUSED_RNN_INLINE void load_operands(const A* p, int64_t n, Vector<A> (&parts)[depth]) {
+  constexpr int L = kLanes<A>;
+  parts[0] = load_partial(p, n);
+  if constexpr (depth == 2) {
+    const Vector<A> a = parts[0], b = load_partial(p + L, n - L);
+    parts[0] = every_second<0>(a, b, std::make_integer_sequence<int, L>{});
+    parts[1] = every_second<1>(a, b, std::make_integer_sequence<int, L>{});
+  }
+}
+template <int depth>
+FUSED_RNN_INLINE void load_operands(const BFloat16* p, int64_t n, U32Vector (&parts)[1]) {
+  parts[0] = load_row(p, n);
+}
+
+// The operand at p in every lane: a number, or a pair of which `depth` are there.
+template <int depth, class A>
+FUSED_RNN_INLINE Vector<A> broadcast(const A* p) {
+  return Vector<A>{} + *p;
+}
+template <int depth>
+FUSED_RNN_INLINE U32Vector broadcast(const BFloat16* p) {
+  uint32_t pair = p->bits;
+  if constexpr (depth == 2) __builtin_memcpy(&pair, p, sizeof(pair));
+  return U32Vector{} + pair;
+}
+
+// sum + a * b, of numbers or of pairs.
+template <class V>
+FUSED_RNN_INLINE V multiply_add(V sum, V a, V b) {
+  return sum + a * b;
+}
+FUSED_RNN_INLINE Vector<float> multiply_add(Vector<float> sum, U32Vector a, U32Vector b) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Vector<float>>(_mm512_dpbf16_ps(
+      reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+#else
+  return sum + first_of(a) * first_of(b) + second_of(a) * second_of(b);
+#endif
+}
 
 // What a value becomes when it is written to memory as S and read back.
 template <class S, class V>

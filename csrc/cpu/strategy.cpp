@@ -63,7 +63,8 @@ struct Question {
     const double weights =
         double(cell.gates * s.H) * double(recurrent + s.input_size(s.layers - 1));
     const double rows = double(s.steps.N) / double(std::max<int64_t>(s.steps.T, 1));
-    const double streamed = 4.0 * double(cell.gates * s.H * recurrent);  // W_hh, whatever the rows
+    // W_hh, whatever the rows.
+    const double streamed = double(s.weight_bytes * cell.gates * s.H * recurrent);
     step_us = passes * std::max(2.0 * weights * rows / kFlopsPerMicrosecond,
                                 streamed / kBytesPerMicrosecond);
     all_us = step_us * double(s.steps.T * s.layers * s.dirs);
@@ -162,14 +163,14 @@ Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double
   return plan;
 }
 
-bool worth_packing(int64_t elements, int64_t rows, const Machine& machine) {
-  return rows >= (4 * elements > machine.l2 ? kRowsWorthPackingLarge : kRowsWorthPacking);
+bool worth_packing(int64_t bytes, int64_t rows, const Machine& machine) {
+  return rows >= (bytes > machine.l2 ? kRowsWorthPackingLarge : kRowsWorthPacking);
 }
 
 void choose_packing(const Stack& s, const CellInfo& cell, const Machine& machine, Plan& plan) {
-  const int64_t gates = cell.gates;
-  plan.pack_ih = worth_packing(gates * s.H * s.input_size(s.layers - 1), s.steps.N, machine);
-  plan.pack_hh = worth_packing(gates * s.H * s.R, s.steps.N, machine);
+  const int64_t column = s.weight_bytes * cell.gates * s.H;
+  plan.pack_ih = worth_packing(column * s.input_size(s.layers - 1), s.steps.N, machine);
+  plan.pack_hh = worth_packing(column * s.R, s.steps.N, machine);
 }
 
 int64_t wavefront_chunk(const Stack& s, const Plan& plan) {
@@ -209,7 +210,7 @@ Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machi
   choose_packing(stack, cell, machine, plan);
   const int64_t B = stack.steps.B, T = stack.steps.T;
   if (B == 1) {
-    const int64_t bytes = 4 * cell.gates * stack.H * stack.R;
+    const int64_t bytes = stack.weight_bytes * cell.gates * stack.H * stack.R;
     plan.pack_hh = T >= kStepsWorthPacking && bytes < machine.l3 / 2;
   }
   if (stack.frozen()) plan.pack_ih = plan.pack_hh = true;

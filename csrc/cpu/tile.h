@@ -45,66 +45,87 @@ enum class Right {
 // c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors. `add` may be null (zero),
 // have ld_add = 0 (a bias for every row), or be c itself (accumulate). It is added last: a long
 // accumulation in pieces then loses less than one that starts from a large sum.
-template <class A, Left kLeft, Right kRight, int M, int NV>
-void tile(int64_t K, const A* a, int64_t lda, const A* w, int64_t ldw, const A* add, int64_t ld_add,
-          A* c, int64_t ldc) {
+//
+// X is what `a` holds and W what w does: numbers of one type, or weights in their storage type,
+// which are then widened (or multiplied in pairs) where they are loaded.
+template <class X, class W, Left kLeft, Right kRight, int M, int NV, int kPanels = 1>
+void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Accumulate<X>* add,
+          int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
+  using A = Accumulate<X>;
   constexpr int L = kLanes<A>;
-  constexpr int kStrips = kRight == Right::kPanel ? (NV + kStrip - 1) / kStrip : 1;
+  static_assert(kDepth<W> == 1 || (kLeft == Left::kRows && kRight == Right::kPanel));
+  constexpr int kStrips = kRight == Right::kPanel ? (NV + kStrip - 1) / kStrip : 1;  // of a panel
+  constexpr int kVectors = kPanels * NV;
   if constexpr (M > max_rows_at_once(NV)) {
-    static_assert(NV == 2 * kStrip);
+    static_assert(NV == 2 * kStrip && kPanels == 1);
     constexpr int64_t width = kStrip * L;
-    const int64_t second = kRight == Right::kPanel ? K * width : width;
-    tile<A, kLeft, kRight, M, kStrip>(K, a, lda, w, ldw, add, ld_add, c, ldc);
-    tile<A, kLeft, kRight, M, kStrip>(K, a, lda, w + second, ldw, add ? add + width : nullptr,
-                                      ld_add, c + width, ldc);
+    const int64_t second = kRight == Right::kPanel ? packed_rows<W>(K) * width : width;
+    tile<X, W, kLeft, kRight, M, kStrip>(K, a, lda, w, ldw, add, ld_add, c, ldc);
+    tile<X, W, kLeft, kRight, M, kStrip>(K, a, lda, w + second, ldw, add ? add + width : nullptr,
+                                         ld_add, c + width, ldc);
     return;
   } else {
-    Vector<A> sum[M][NV];
+    Vector<A> sum[M][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
+    const W* strips[kPanels][kStrips];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[m][v] = Vector<A>{};
-    const A* strips[kStrips];
-#pragma GCC unroll 4
-    for (int s = 0; s < kStrips; ++s) strips[s] = w + s * K * kStrip * L;
-    for (int64_t k = 0; k < K; ++k) {
-      Vector<A> weight[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v)
-        weight[v] = kRight == Right::kPanel ? load(strips[v / kStrip] + v % kStrip * L)
-                                            : load(strips[0] + v * L);
+      for (int s = 0; s < kStrips; ++s)
+        strips[p][s] = w + (p * NV + s * kStrip) * packed_rows<W>(K) * L;
+    // The next row of w, of which the first `depth` rows of K are multiplied.
+    const auto next_row = [&](auto depth) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts<X, depth()>; ++part) {
+        decltype(weights_of_part<X>(load_packed(w), part)) weight[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v)
+          weight[v] = weights_of_part<X>(
+              load_packed(kRight == Right::kPanel
+                              ? strips[v / NV][v % NV / kStrip] + v % NV % kStrip * L
+                              : w + v * L),
+              part);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const A x = kLeft == Left::kRows ? a[m * lda] : a[m];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[m][v] += x * weight[v];
+        for (int m = 0; m < M; ++m) {
+          const X* left = kLeft == Left::kRows ? a + m * lda + part : a + m;
+          const auto x = broadcast<depth()>(left);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) sum[m][v] = multiply_add(sum[m][v], x, weight[v]);
+        }
       }
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p)
 #pragma GCC unroll 4
-      for (int s = 0; s < kStrips; ++s) {
-        const int width = NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip;
-        strips[s] += kRight == Right::kPanel ? width * L : ldw;
-      }
-      a += kLeft == Left::kRows ? 1 : lda;
-    }
+        for (int s = 0; s < kStrips; ++s)
+          strips[p][s] += (NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip) * L;
+      w += ldw;
+      a += kLeft == Left::kRows ? depth() : lda;
+    };
+    for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
+      next_row(std::integral_constant<int, kDepth<W>>{});
+    if (kDepth<W> > 1 && K % kDepth<W>) next_row(std::integral_constant<int, 1>{});
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
         store(c + m * ldc + v * L, add ? sum[m][v] + load(add + m * ld_add + v * L) : sum[m][v]);
   }
 }
 
-template <class A>
-using TileFunction = void (*)(int64_t, const A*, int64_t, const A*, int64_t, const A*, int64_t, A*,
-                              int64_t);
+template <class X, class W = X>
+using TileFunction = void (*)(int64_t, const X*, int64_t, const W*, int64_t, const Accumulate<X>*,
+                              int64_t, Accumulate<X>*, int64_t);
 
-template <class A, Left kLeft, Right kRight>
+template <class X, class W, Left kLeft, Right kRight>
 struct TileTable {
-  TileFunction<A> at[kMaxVectors][kMaxRows];  // [NV - 1][M - 1]
+  TileFunction<X, W> at[kMaxVectors][kMaxRows];  // [NV - 1][M - 1]
 
   template <int NV, int... m>
   constexpr void fill(std::integer_sequence<int, m...>) {
-    ((at[NV - 1][m] = tile<A, kLeft, kRight, m + 1, NV>), ...);
+    ((at[NV - 1][m] = tile<X, W, kLeft, kRight, m + 1, NV>), ...);
   }
   constexpr TileTable() : at{} {
     fill<1>(std::make_integer_sequence<int, max_rows(1)>{});
@@ -113,21 +134,35 @@ struct TileTable {
     fill<4>(std::make_integer_sequence<int, max_rows(4)>{});
   }
 };
-template <class A, Left kLeft, Right kRight>
-inline constexpr TileTable<A, kLeft, kRight> kTiles{};
+// One row over one panel has too few sums in flight for the latency of an addition: it takes two
+// panels at once, where there are two of equal width.
+template <class X, class W, int NV>
+constexpr TileFunction<X, W> kTwoPanels = tile<X, W, Left::kRows, Right::kPanel, 1, NV, 2>;
 
-// Calls body(first_row, rows, tile) for tiles of nearly equal height over `rows` rows: 8 rows are 4
-// + 4, not 6 + 2, because a low tile is bound by loading weights.
-template <class A, Left kLeft, Right kRight, class Body>
+template <class X, class W, Left kLeft, Right kRight>
+inline constexpr TileTable<X, W, kLeft, kRight> kTiles{};
+
+// Calls body(first_row, rows, tile) for tiles of nearly equal height over `rows` rows of a panel: 8
+// rows are 4 + 4, not 6 + 2, because a low tile is bound by loading weights.
+template <class X, class W, Left kLeft, Right kRight, class Body>
 FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
   const int64_t highest = max_rows(vectors);
   const int64_t tiles = (rows + highest - 1) / highest;
   int64_t row = 0;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t height = (rows - row) / (tiles - i);
-    body(row, height, kTiles<A, kLeft, kRight>.at[vectors - 1][height - 1]);
+    body(row, height, kTiles<X, W, kLeft, kRight>.at[vectors - 1][height - 1]);
     row += height;
   }
+}
+
+// The same over `panels` packed ones: two only of one row.
+template <class X, class W, class Body>
+FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int panels, int vectors, Body body) {
+  static constexpr TileFunction<X, W> kTwo[] = {kTwoPanels<X, W, 1>, kTwoPanels<X, W, 2>,
+                                                kTwoPanels<X, W, 3>, kTwoPanels<X, W, 4>};
+  if (panels == 2) return body(0, 1, kTwo[vectors - 1]);
+  for_row_tiles<X, W, Left::kRows, Right::kPanel>(rows, vectors, body);
 }
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA
