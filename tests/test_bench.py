@@ -326,12 +326,24 @@ def test_a_peer_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert "fused_rnn and openvino differ" in str(outcome)
 
 
+@pytest.mark.parametrize("mode", ["training", "frozen"])
+@pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.label)
+def test_low_precision_is_compared_with_the_same_numbers_in_float32(
+    shape: Shape, mode: str
+) -> None:
+    found = measure.measure(shape, mode, "bfloat16", 0.0, peer=measure.FLOAT32)
+    assert (found.peer, found.dtype) == ("float32", "bfloat16")
+    assert 0 < found.max_rel_diff < 0.02
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         ("--peer openvino --dtype float64", "openvino is measured in float32 only"),
         ("--peer onnxruntime --mode training", "onnxruntime can be measured in inference only"),
         ("--peer onnxruntime --suite conditions", "conditions are compared with torch's only"),
+        ("--peer float32 --dtype float64", "float32 is what low precision is compared with"),
+        ("--peer float32", "float32 is what low precision is compared with, not float32"),
         ("--mode frozen --memory", "not measured of frozen layers"),
         ("--peer onnxruntime --memory", "memory and conditions are compared with torch's only"),
         ("--suite conditions --filter busy --threads 1", "matters to two threads or more"),
@@ -479,7 +491,7 @@ def test_rates_are_measured_once_and_with_their_threads(monkeypatch: pytest.Monk
 
 
 def test_only_float32_has_a_roof(monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(pairs: Any, threads: int, dtype: str, budget: float) -> Iterator[Result]:
+    def here(_: str, pairs: Any, threads: int, dtype: str, budget: float) -> Iterator[Result]:
         for pair in pairs:
             yield dataclasses.replace(measure.measure(*pair, dtype, budget), threads=threads)
 

@@ -16,7 +16,7 @@ import torch
 from fused_rnn import ops
 from fused_rnn.bench import conditions, measure, memory, peers, report
 from fused_rnn.bench.conditions import Condition
-from fused_rnn.bench.measure import PEERS, TORCH, DisagreementError, Result
+from fused_rnn.bench.measure import FLOAT32, PEERS, TORCH, DisagreementError, Result
 from fused_rnn.bench.memory import Memory
 from fused_rnn.bench.shapes import CELLS, SUITES, Shape
 from fused_rnn.bench.work import DTYPES, FROZEN, MODES
@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         choices=PEERS,
         default=[TORCH],
         type=lambda name: TORCH if name == "torch" else name,
-        help="what to compare with: torch (torch.nn), onnxruntime, openvino; the last two in "
-        "inference, float32",
+        help="what to compare with: torch (torch.nn); float32 (fused_rnn's own layer, beside "
+        "--dtype bfloat16 or float16); onnxruntime and openvino, in inference, float32",
     )
     add("--memory", action="store_true", help="peak memory of a training step, instead of time")
     add(
@@ -160,7 +160,10 @@ def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
     for peer in options.peer:
         if missing := peers.missing(peer):
             return f"{peer} needs {' and '.join(missing)}: pip install 'fused_rnn\\[bench]'"
-        if peer != TORCH and dtype != "float32":
+        if peer == FLOAT32:
+            if dtype not in ("bfloat16", "float16"):
+                return f"float32 is what low precision is compared with, not {dtype}"
+        elif peer != TORCH and dtype != "float32":
             return f"{peer} is measured in float32 only, not in {dtype}"
     jobs = measure.jobs(shapes, options.mode, options.peer)
     if not jobs:

@@ -21,7 +21,9 @@ from fused_rnn.bench.shapes import Shape
 
 # What can be compared with, and in which modes, by the names that the results have.
 TORCH = "torch.nn"
-PEERS = {TORCH: (*work.MODES, work.FROZEN)} | dict.fromkeys(
+FLOAT32 = "float32"  # our own layer, with what measures low precision: the same numbers in float32
+_IN_ONE_PROCESS = (TORCH, FLOAT32)
+PEERS = dict.fromkeys(_IN_ONE_PROCESS, (*work.MODES, work.FROZEN)) | dict.fromkeys(
     peers.BUILDERS, ("inference", work.FROZEN)
 )
 
@@ -82,8 +84,8 @@ def measure_all(
         for peer, group in groupby(jobs, key=itemgetter(2)):
             mine = list(group)
             pairs = [(shape, mode) for shape, mode, _ in mine]
-            if peer == TORCH:
-                outcomes = _in_one_process(pairs, count, dtype, budget)
+            if peer in _IN_ONE_PROCESS:
+                outcomes = _in_one_process(peer, pairs, count, dtype, budget)
             else:
                 outcomes = _in_two_processes(peer, pairs, count, dtype, budget)
             for job, outcome in zip(mine, outcomes, strict=True):
@@ -93,38 +95,50 @@ def measure_all(
 
 
 def _in_one_process(
-    pairs: Sequence[tuple[Shape, str]], threads: int, dtype: str, budget: float
+    peer: str, pairs: Sequence[tuple[Shape, str]], threads: int, dtype: str, budget: float
 ) -> Iterator[Result | DisagreementError]:
-    """Against torch.nn: its kernels and ours run on the one thread pool of torch."""
+    """Against torch.nn, or ours: all of these run on the one thread pool of torch."""
     with sides.process(threads) as worker:
         for shape, mode in pairs:
             with sides.named(f"{shape.label}, {mode}"):
-                outcome = worker.submit(_outcome, shape, mode, dtype, budget).result()
+                outcome = worker.submit(_outcome, peer, shape, mode, dtype, budget).result()
             yield outcome
 
 
-def _outcome(shape: Shape, mode: str, dtype: str, budget: float) -> Result | DisagreementError:
+def _outcome(
+    peer: str, shape: Shape, mode: str, dtype: str, budget: float
+) -> Result | DisagreementError:
     try:
-        return measure(shape, mode, dtype, budget)
+        return measure(shape, mode, dtype, budget, peer=peer)
     except DisagreementError as error:
         return error
 
 
-def measure(shape: Shape, mode: str, dtype: str, budget: float, library: Any = fused_rnn) -> Result:
-    """Times `library`'s layer against torch.nn's for about `budget` seconds.
+def measure(
+    shape: Shape,
+    mode: str,
+    dtype: str,
+    budget: float,
+    library: Any = fused_rnn,
+    peer: str = TORCH,
+) -> Result:
+    """Times `library`'s layer against torch.nn's, or ours in float32, for about `budget` seconds.
 
     Both sides run in this process, call by call in turn, on one input and the same weights, so
     that a change of the machine's mood meets both. Training is a forward and a backward call with
     gradients of the input and of every weight. Raises `DisagreementError` where results differ.
     """
-    theirs, arguments = work.make(nn, shape, mode, dtype)
-    ours, _ = work.make(library, shape, mode, dtype)
-    expected = work.evaluate(theirs, arguments)
-    differences = _agree(work.evaluate(ours, arguments), expected, shape, mode, dtype, TORCH)
+    ours, arguments = work.make(library, shape, mode, dtype)
+    if peer == TORCH:
+        theirs, their_arguments = work.make(nn, shape, mode, dtype)[0], arguments
+    else:
+        theirs, their_arguments = work.make_widened(fused_rnn, shape, mode, dtype)
+    expected = work.evaluate(theirs, their_arguments)
+    differences = _agree(work.evaluate(ours, arguments), expected, shape, mode, dtype, peer)
     del expected
-    pair = [work.timer(module, arguments) for module in (theirs, ours)]
+    pair = [work.timer(theirs, their_arguments), work.timer(ours, arguments)]
     times = sides.alternate(pair, budget)
-    return _result(shape, mode, torch.get_num_threads(), dtype, TORCH, times, differences)
+    return _result(shape, mode, torch.get_num_threads(), dtype, peer, times, differences)
 
 
 def _in_two_processes(

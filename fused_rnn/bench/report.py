@@ -50,7 +50,9 @@ class Environment:
             isa=_isa(),
             date=datetime.now().isoformat(timespec="seconds"),
             command=command,
-            peers=", ".join(f"{peer} {peers.version(peer)}" for peer in against if peer != TORCH),
+            peers=", ".join(
+                f"{peer} {peers.version(peer)}" for peer in against if peer in peers.BUILDERS
+            ),
         )
 
     @property

@@ -175,10 +175,26 @@ CONDITIONS = (
     *(Shape("recompute", cell, 500, B, H, H) for cell in CELLS for B, H in ((1, 256), (32, 128))),
 )
 
+# For low precision: one sequence, which is bound by reading weights, and batches, which are bound
+# by multiplying. Few, because torch.nn's own is slow where there are no instructions for it.
+LOW_PRECISION = (
+    *(Shape("one step", "LSTM", 1, 1, H, H, state=True) for H in (256, 1024)),
+    *(
+        Shape("grid", "LSTM", 50, B, H, H)
+        for B, H in (*product((1, 8), (128, 256, 512, 1024)), *product((32,), (128, 256, 512)))
+    ),
+    *(
+        Shape("grid", cell, 50, B, H, H)
+        for cell in ("GRU", "RNN")
+        for B, H in ((1, 256), (1, 512), (8, 256), (32, 128))
+    ),
+)
+
 SUITES = {
     "quick": QUICK,
     "programs": PROGRAMS,
     "grid": GRID,
     "all": PROGRAMS + GRID,
     "conditions": CONDITIONS,
+    "low-precision": LOW_PRECISION,
 }

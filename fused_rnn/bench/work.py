@@ -31,20 +31,47 @@ class Arguments:
     d_output: Tensor
     controls: dict[str, Any] = field(default_factory=dict)  # keywords that torch.nn does not have
 
+    def widened(self) -> Arguments:
+        """The same in float32."""
+        leaf = self.leaf.detach().float().requires_grad_(self.leaf.requires_grad)
+        input, hx = self.input, self.hx
+        if isinstance(hx, tuple):
+            hx = tuple(state.float() for state in hx)
+        elif hx is not None:
+            hx = hx.float()
+        return Arguments(
+            input._replace(data=leaf) if isinstance(input, PackedSequence) else leaf,
+            *(leaf, hx, self.d_output.float(), self.controls),
+        )
+
 
 def make(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, Arguments]:
     """The layer of `library` and its arguments: equal numbers for every library, in every process.
 
     The layer is in eval(): two libraries need not draw the same dropout mask.
     """
+    layer, arguments = _make(library, shape, mode, dtype)
+    return _finished(layer, library, mode), arguments
+
+
+def make_widened(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, Arguments]:
+    """The same numbers, those of `dtype`, in float32."""
+    layer, arguments = _make(library, shape, mode, dtype)
+    return _finished(layer.float(), library, mode), arguments.widened()
+
+
+def _make(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, Arguments]:
     torch.manual_seed(0)
     made = _layer(nn, shape, dtype)
     layer = made if library is nn else _layer(library, shape, dtype)
     layer.load_state_dict(made.state_dict())
     torch.manual_seed(1)  # whatever another library's constructor drew
-    if mode == FROZEN and library is not nn:
-        layer = fused_rnn.freeze(layer)
-    return layer.eval(), _arguments(shape, getattr(torch, dtype), mode == "training")
+    return layer, _arguments(shape, getattr(torch, dtype), mode == "training")
+
+
+def _finished(layer: nn.Module, library: Any, mode: str) -> nn.Module:
+    frozen = mode == FROZEN and library is not nn
+    return (fused_rnn.freeze(layer) if frozen else layer).eval()
 
 
 def _layer(library: Any, shape: Shape, dtype: str) -> nn.Module:
