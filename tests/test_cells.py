@@ -68,6 +68,31 @@ def test_program(program: str, isa: str, tmp_path: Path) -> None:
     print(run(binary))
 
 
+# By the set that the machine must have. What multiplies pairs of bfloat16 by an instruction is
+# tested without it as well, in vectors as wide.
+AVX512 = [*ISA_FLAGS["AVX512"], "-mf16c"]
+PRODUCTS = {
+    "avx512_bf16-without": ("baseline", ["-DFUSED_RNN_VECTOR_BYTES=64"]),
+    "avx2": ("avx2", [*ISA_FLAGS["AVX2"], "-mf16c"]),
+    "avx512": ("avx512", AVX512),
+    "avx512_bf16": ("avx512_bf16", [*AVX512, "-mavx512bf16"]),
+}
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_products(products: str, tmp_path: Path) -> None:
+    isa, flags = PRODUCTS[products]
+    widest_first = _C.compiled_isas()
+    if isa not in widest_first or widest_first.index(isa) < widest_first.index(_C.isa()):
+        pytest.skip(f"{isa} is more than this machine or ATEN_CPU_CAPABILITY has, {_C.isa()}")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    quick = ["-O1" if flag == "-O3" else flag for flag in FLAGS]
+    quick += ["-Wno-maybe-uninitialized", f"-I{ROOT / 'csrc'}"]
+    binary = tmp_path / "test_products"
+    run(*compiler, *quick, *flags, CSRC / "test_products.cpp", "-o", binary)
+    print(run(binary))
+
+
 def test_cells_are_device_code(tmp_path: Path) -> None:
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc", path=f"{cuda}/bin") or shutil.which("nvcc")

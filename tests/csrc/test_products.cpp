@@ -1,0 +1,165 @@
+// Products with weights in panels and in place, in every storage type, against double: every height
+// of the tile, odd K, columns beyond the matrix. What stands beyond a row is NaN, and must not be
+// met. Numbers are small integers, so that no result is rounded.
+#include <initializer_list>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+
+#define FUSED_RNN_ISA tested
+#include "cpu/pack.h"
+
+namespace {
+
+using namespace fused_rnn::cpu::tested;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+template <class S>
+double read(S x) {
+  S buffer[kLanes<Accumulate<S>>] = {x};
+  return double(load(buffer)[0]);
+}
+template <class S>
+S make(double x) {
+  S buffer[kLanes<Accumulate<S>>];
+  store(buffer, Vector<Accumulate<S>>{} + Accumulate<S>(x));
+  return buffer[0];
+}
+
+int number(int64_t i) {
+  return int((i * 2654435761u >> 7) % 9) - 4;
+}
+
+// [rows, columns] at a distance of ld, with NaN between them and behind.
+template <class S>
+std::vector<S> matrix(int64_t rows, int64_t columns, int64_t ld) {
+  std::vector<S> m(size_t(rows * ld + 4 * kLanes<float>), make<S>(kNaN));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) m[size_t(i * ld + j)] = make<S>(number(i * columns + j));
+  return m;
+}
+
+template <class S>
+struct Name;
+template <>
+struct Name<float> {
+  static constexpr const char* k = "float";
+};
+template <>
+struct Name<double> {
+  static constexpr const char* k = "double";
+};
+template <>
+struct Name<BFloat16> {
+  static constexpr const char* k = "bfloat16";
+};
+template <>
+struct Name<Float16> {
+  static constexpr const char* k = "float16";
+};
+
+// x W^T with W[gates*H, K]: what the forward scan does.
+template <class S>
+void forward_products(int64_t rows, int64_t K, int64_t H, int gates) {
+  using A = Accumulate<S>;
+  using O = Operand<S>;
+  using W = Packed<S>;
+  constexpr int64_t L = kLanes<A>;
+  const int64_t Hp = fused_rnn::pad_units(H), ldx = K + 3;
+  const std::vector<S> w = matrix<S>(gates * H, K, K);
+  const std::vector<O> x = matrix<O>(rows, K, ldx);
+  std::vector<W> packed(size_t(gates * Hp * packed_rows<W>(K)), W{});
+  std::vector<A> bias(size_t(gates * Hp)), out(size_t(rows * gates * Hp));
+  for (size_t i = 0; i < bias.size(); ++i) bias[i] = A(number(int64_t(i) + 5));
+  const auto compare = [&](const char* how) {
+    for_panels<A>(gates, 0, Hp, [&](int64_t unit, int vectors) {
+      for (int64_t m = 0; m < rows; ++m)
+        for (int g = 0; g < gates; ++g)
+          for (int64_t u = 0; u < vectors * L; ++u) {
+            const int64_t at = unit * gates + g * vectors * L + u;
+            double sum = bias[size_t(at)];
+            for (int64_t k = 0; k < K && unit + u < H; ++k)
+              sum += read(x[size_t(m * ldx + k)]) * read(w[size_t((g * H + unit + u) * K + k)]);
+            const double found = read(out[size_t(m * gates * Hp + at)]);
+            check::that(found == sum, "%s, %s: [%ld, %d, %ld] of K = %ld is %g, not %g", Name<S>::k,
+                        how, long(m), g, long(unit + u), long(K), found, sum);
+          }
+    });
+  };
+  for_panels<A>(gates, 0, Hp, [&](int64_t unit, int vectors) {
+    pack_transposed(w.data(), gates, H, K, unit, vectors,
+                    packed.data() + unit * gates * packed_rows<W>(K));
+  });
+  for_panels_at_once<A>(rows, gates, 0, Hp, [&](int64_t unit, int vectors, int panels) {
+    const W* panel = packed.data() + unit * gates * packed_rows<W>(K);
+    for_row_tiles<O, W>(rows, panels, gates * vectors,
+                        [&](int64_t m, int64_t, TileFunction<O, W> tile) {
+                          tile(K, x.data() + m * ldx, ldx, panel, 0, bias.data() + unit * gates, 0,
+                               out.data() + m * gates * Hp + unit * gates, gates * Hp);
+                        });
+  });
+  compare("packed");
+  out.assign(out.size(), A(kNaN));
+  for_panels<A>(gates, 0, Hp, [&](int64_t unit, int vectors) {
+    dot<S>(rows, K, x.data(), ldx, w.data(), gates, H, unit, vectors, bias.data() + unit * gates,
+           out.data() + unit * gates, gates * Hp);
+  });
+  compare("in place");
+}
+
+// d W with W[gates*H, N]: what the backward scan does.
+template <class S>
+void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
+  using A = Accumulate<S>;
+  using O = Operand<S>;
+  using W = Packed<S>;
+  constexpr int64_t L = kLanes<A>;
+  const int64_t Hp = fused_rnn::pad_units(H), Np = fused_rnn::pad_units(N), K = gates * Hp;
+  const std::vector<S> w = matrix<S>(gates * H, N, N);
+  const std::vector<O> d = matrix<O>(rows, K, K);
+  std::vector<W> packed(size_t(packed_rows<W>(K) * Np));
+  std::vector<A> out(size_t(rows * Np));
+  for_panels<A>(1, 0, Np, [&](int64_t column, int vectors) {
+    pack_rows(w.data(), gates, H, Hp, N, column, vectors,
+              packed.data() + column * packed_rows<W>(K));
+  });
+  for_panels_at_once<A>(rows, 1, 0, Np, [&](int64_t column, int vectors, int panels) {
+    for_row_tiles<O, W>(rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
+      tile(K, d.data() + m * K, K, packed.data() + column * packed_rows<W>(K), vectors * L, nullptr,
+           0, out.data() + m * Np + column, Np);
+    });
+  });
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < Np; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k)
+        if (n < N && k % Hp < H)
+          sum += read(d[size_t(m * K + k)]) * read(w[size_t((k / Hp * H + k % Hp) * N + n)]);
+      const double found = read(out[size_t(m * Np + n)]);
+      check::that(found == sum, "%s, backward: [%ld, %ld] of %ld is %g, not %g", Name<S>::k,
+                  long(m), long(n), long(N), found, sum);
+    }
+}
+
+template <class S>
+void test() {
+  for (const int64_t rows : {1, 2, 3, 4, 5, 6, 9, 12, 14})
+    for (const int64_t K : {1, 2, 7, 33})
+      for (const int gates : {1, 2, 3, 4}) forward_products<S>(rows, K, 71, gates);
+  for (const int64_t rows : {1, 2, 7})
+    for (const int64_t N : {5, 151}) backward_product<S>(rows, N, 19, 3);
+}
+
+}  // namespace
+
+int main() {
+  test<BFloat16>();
+#if !defined(FUSED_RNN_VECTOR_BYTES)  // what is tested so is bfloat16's
+  test<float>();
+  test<double>();
+  test<Float16>();
+#endif
+  return check::finish();
+}
