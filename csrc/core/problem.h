@@ -59,7 +59,7 @@ struct Sequence {
   bool packed = false;
 
   // Elements before step t of sequence b.
-  int64_t at(const Steps& steps, int64_t t, int64_t b) const {
+  FUSED_RNN_INLINE int64_t at(const Steps& steps, int64_t t, int64_t b) const {
     return packed ? (steps.offset(t) + b) * stride_b : t * stride_t + steps.place(b) * stride_b;
   }
 };
