@@ -113,7 +113,8 @@ def rnn(
         h0: [L*D, B, R], zeros if None; L layers, D directions, R = proj_size or H.
         c0: [L*D, B, H], zeros if None; for cells that have c.
         weights: torch's flat order, `weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]` by
-            layer and direction, and for cells with peepholes `weight_ch` at the end of each.
+            layer and direction, and at the end of each `weight_ch` [P*H] for cells with peepholes,
+            `norm` [P*H] for those with layer normalisation.
         dropout: probability of a zero between layers when `training`; the masks are those of
             `F.dropout` on the time-major output of the layer below.
         lengths: [B], how many steps of a padded batch each sequence has, from 0 to T. Output
@@ -197,13 +198,14 @@ def step(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-    weight_ch: Tensor | None = None,
+    unit_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One time step of one layer: the states (h, c) after it, None for c in cells without.
 
-    input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent.
+    input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent;
+    unit_weight is `weight_ch` or `norm`.
     """
-    weights = cell_weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch)
+    weights = cell_weights(weight_ih, weight_hh, bias_ih, bias_hh, unit_weight)
     call = cell, input, None, h, c, weights, 1, False, False
     route = _route(*call)
     if route == "torch":
@@ -231,7 +233,7 @@ def cell_weights(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-    weight_ch: Tensor | None,
+    unit_weight: Tensor | None,
 ) -> list[Tensor]:
     """A cell's weights as the ops take them."""
     weights = [weight_ih, weight_hh]
@@ -240,8 +242,8 @@ def cell_weights(
     elif bias_ih is not None or bias_hh is not None:
         zeros = weight_ih.new_zeros(weight_ih.shape[0])
         weights += zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh
-    if weight_ch is not None:
-        weights.append(weight_ch)
+    if unit_weight is not None:
+        weights.append(unit_weight)
     return weights
 
 
@@ -400,7 +402,7 @@ def _regularise(
                 mask[:, :, state].bernoulli_(share)
             controls = controls._replace(zoneout_mask=mask.flatten(2))
     if training and regularisers.recurrent_dropout:
-        if not facts.recurrent or facts.operand is not None:
+        if not facts.recurrent or facts.two_products:
             raise ValueError(
                 f"recurrent_dropout is for cells that multiply W_hh by h, {call.cell} does not"
             )

@@ -127,14 +127,14 @@ class _Layer(_Twin, nn.RNNBase):
         """Parameters in the shapes of the cell; RNNBase has made those of a layer it knows."""
         cell, H = reference.CELLS[self._cell], self.hidden_size
         for names in self._all_weights:
-            if cell.diagonals and cell.recurrent:
-                names.append(names[0].replace("weight_ih", "weight_ch"))
+            if cell.unit_weights and cell.recurrent:
+                names.append(names[0].replace("weight_ih", cell.unit_weight_name))
             like = getattr(self, names[0])
             for name in names:
-                stem = name.partition("_l")[0]
+                stem = name.rpartition("_l")[0]
                 shape: Iterable[int] = (cell.gates * H,)
-                if stem == "weight_ch" or (stem == "weight_hh" and not cell.recurrent):
-                    shape = (cell.diagonals * H,)
+                if stem == cell.unit_weight_name or (stem == "weight_hh" and not cell.recurrent):
+                    shape = (cell.unit_weights * H,)
                 elif stem == "weight_hr":
                     shape = getattr(self, name).shape
                 elif stem.startswith("weight"):
@@ -488,6 +488,52 @@ class CoupledLSTM(LSTM):
         return "coupled_lstm"
 
 
+class LayerNormLSTM(LSTM):
+    """LSTM with layer normalisation of both products and of the cell state.
+
+    In every layer and direction, for every step, norm(a) = (a - mean(a)) / sqrt(var(a) + 1e-5)
+    over all elements of a::
+
+        [i, f, g, o] = gain_x * norm(W_ih x) + b_ih + gain_h * norm(W_hh h) + b_hh
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h = sigmoid(o) * tanh(gain_c * norm(c) + shift_c)      # with proj_size: W_hr (...)
+
+    Equivalent PyTorch code::
+
+        def norm(a, gain, shift):
+            return F.layer_norm(a, a.shape[-1:], gain, shift)
+
+        gain_x, gain_h, gain_c, shift_c = norm_l0.split([4 * H, 4 * H, H, H])
+        gates = norm(F.linear(x, weight_ih), gain_x, bias_ih)
+        gates = gates + norm(F.linear(h, weight_hh), gain_h, bias_hh)
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * norm(c, gain_c, shift_c).tanh()
+
+    Args, Inputs, Outputs, Precision: as for `LSTM`. Means and variances are those of one step of
+    one sequence, in float32 (float64 for float64), in training and outside.
+
+    Parameters: those of `LSTM`, and at the end of each layer and direction `norm_l[k]` [10*H]:
+    the gains from 1, shift_c from 0. The biases are the shifts of the other two norms.
+
+    Raises: as `LSTM`.
+
+    Ba, Kiros & Hinton 2016, "Layer normalization", equations 20 to 22.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fit_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return "layer_norm_lstm"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
+
+
 class GRU(_Layer):
     """Gated recurrent unit: `torch.nn.GRU` with other kernels.
 
@@ -577,6 +623,58 @@ class GRU(_Layer):
             input, hx, lengths, reset, reset_to_initial, return_all_states
         )
         return (output, h_n) if every is None else (output, h_n, every[0])
+
+
+class LayerNormGRU(GRU):
+    """GRU with layer normalisation of both products.
+
+    In every layer and direction, for every step, norm(a) = (a - mean(a)) / sqrt(var(a) + 1e-5)
+    over all elements of a::
+
+        [x_r, x_z] = gain_x * norm([W_ir x, W_iz x]) + [b_ir, b_iz]
+        x_n = gain_x * norm(W_in x) + b_in
+        [h_r, h_z], h_n: the same of W_hh h, with gain_h and b_hh
+        r = sigmoid(x_r + h_r)
+        z = sigmoid(x_z + h_z)
+        n = tanh(x_n + r * h_n)
+        h = (1 - z) * n + z * h
+
+    Equivalent PyTorch code::
+
+        def norms(a, gain, shift):
+            groups = zip(*(t.split([2 * H, H], -1) for t in (a, gain, shift)))
+            return [F.layer_norm(a, a.shape[-1:], g, s) for a, g, s in groups]
+
+        gain_x, gain_h = norm_l0.chunk(2)
+        x_rz, x_n = norms(F.linear(x, weight_ih), gain_x, bias_ih)
+        h_rz, h_n = norms(F.linear(h, weight_hh), gain_h, bias_hh)
+        r, z = (x_rz + h_rz).sigmoid().chunk(2, -1)
+        n = (x_n + r * h_n).tanh()
+        h = (1 - z) * n + z * h
+
+    Args, Inputs, Outputs, Precision: as for `GRU`, without `reset_after`. Means and variances are
+    those of one step of one sequence, in float32 (float64 for float64), in training and outside.
+
+    Parameters: those of `GRU`, and at the end of each layer and direction `norm_l[k]` [6*H]:
+    the gains, from 1, those of the input first. The biases are the shifts.
+
+    Raises: as `GRU`.
+
+    Ba, Kiros & Hinton 2016, "Layer normalization", equations 23 to 25 (with the biases as shifts).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_reset_before(kwargs)
+        super().__init__(*args, **kwargs)
+        self._fit_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return "layer_norm_gru"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
 
 
 class RNN(_Layer):
@@ -699,6 +797,19 @@ def _refuse_projection(kwargs: dict[str, Any], name: str = "RNN or GRU") -> None
         raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
 
 
+def _refuse_reset_before(kwargs: dict[str, Any]) -> None:
+    if not kwargs.get("reset_after", True):
+        raise ValueError("a GRU with layer normalisation has its reset gate after the product")
+
+
+def _reset_gains(module: _Layer | _Cell, cell: reference.Cell) -> None:
+    """As torch.nn.LayerNorm begins: gains are 1 and the shift of c is 0."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith(cell.unit_weight_name):
+            nn.init.ones_(parameter)
+            nn.init.zeros_(parameter[(2 * cell.gates + 1) * module.hidden_size :])
+
+
 def _mask(reset: Any, input: Any, unbatched: bool) -> Tensor:
     """`reset` as a tensor in the order of `input`."""
     packed = isinstance(input, PackedSequence)
@@ -724,7 +835,7 @@ def _order(packed: PackedSequence) -> tuple[list[int], list[int]]:
 class _Cell(_Twin, nn.RNNCellBase):
     """What the cells share: checks and the step."""
 
-    _has_peepholes = False
+    _unit_weight = ""  # the name of a parameter besides those of torch.nn's cells
 
     @property
     def _cell(self) -> str:
@@ -784,7 +895,7 @@ class _Cell(_Twin, nn.RNNCellBase):
             self._tensor("weight_hh"),
             self._tensor("bias_ih"),
             self._tensor("bias_hh"),
-            self._tensor("weight_ch") if self._has_peepholes else None,
+            self._tensor(self._unit_weight) if self._unit_weight else None,
         )
 
 
@@ -848,7 +959,7 @@ class PeepholeLSTMCell(LSTMCell):
     Parameters: those of `LSTMCell`, and `weight_ch` [3*H].
     """
 
-    _op, _has_peepholes = "peephole_lstm", True
+    _op, _unit_weight = "peephole_lstm", "weight_ch"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -865,6 +976,26 @@ class CoupledLSTMCell(LSTMCell):
     """
 
     _op, _gates = "coupled_lstm", 3
+
+
+class LayerNormLSTMCell(LSTMCell):
+    """One step of an LSTM with layer normalisation. The equations and paper: `LayerNormLSTM`.
+
+    Args, Inputs, Outputs, Raises: as for `LSTMCell`.
+
+    Parameters: those of `LSTMCell`, and `norm` [10*H].
+    """
+
+    _op, _unit_weight = "layer_norm_lstm", "norm"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = nn.Parameter(self.weight_ih.new_empty(10 * self.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
 
 
 class GRUCell(_Cell):
@@ -912,6 +1043,31 @@ class GRUCell(_Cell):
         self._check_dims("GRUCell", input, states, "hidden")
         h, _ = self._run(input, *states)
         return h
+
+
+class LayerNormGRUCell(GRUCell):
+    """One step of a GRU with layer normalisation. The equations and paper: `LayerNormGRU`.
+
+    Args, Inputs, Outputs, Raises: as for `GRUCell`, without `reset_after`.
+
+    Parameters: those of `GRUCell`, and `norm` [6*H].
+    """
+
+    _unit_weight = "norm"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_reset_before(kwargs)
+        super().__init__(*args, **kwargs)
+        self.norm = nn.Parameter(self.weight_ih.new_empty(6 * self.hidden_size))
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return "layer_norm_gru"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
 
 
 class RNNCell(_Cell):

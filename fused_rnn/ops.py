@@ -328,9 +328,11 @@ def _fake_saved(question: tuple[Any, ...], controls: Controls) -> Tensor:
     scans = 1 if step else num_layers * (2 if bidirectional else 1)
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     first = reference.split_weights(cell, weights, scans)[0]
-    states, saved = _C.cells()[cell]["states"], _C.cells()[cell]["saved"]
+    facts = _C.cells()[cell]
+    states = facts["states"]
     own = 1 if first.hr is not None else states if controls.zoned else 0
-    slots = states + saved + own
+    raw = 2 * facts["gates"] if facts["norm_gates"] else 0
+    slots = states + facts["saved"] + own + raw
     units = (first.units + 15) // 16 * 16
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     new: Tensor = input.new_empty(scans, rows, slots * units, dtype=dtype)

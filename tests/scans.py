@@ -84,6 +84,7 @@ def make_arguments(
     """
     generator = torch.Generator().manual_seed(seed)
     numbers = fused_rnn._C.cells()[cell]
+    facts = reference.CELLS[cell]
     directions = 2 if bidirectional else 1
     R = proj or H
 
@@ -101,8 +102,9 @@ def make_arguments(
             weights += [weight(numbers["gates"] * H, R) if numbers["recurrent"] else weight(H)]
             weights += [weight(numbers["gates"] * H) for _ in range(2 if bias else 0)]
             weights += [weight(proj, H)] if proj else []
-            if numbers["diagonals"] and numbers["recurrent"]:
-                weights += [weight(numbers["diagonals"] * H)]
+            if facts.unit_weights and facts.recurrent:
+                gains = 1 + weight(facts.gains * H)
+                weights += [torch.cat([weight(facts.diagonals * H), gains])]
 
     sizes = None if batch_sizes is None else torch.tensor(list(batch_sizes))
     if sizes is not None:

@@ -157,8 +157,10 @@ def by_reference(cell: str, args: Tensors) -> Tensors:
     x, h, w, prev = leaves = [args[name].clone().requires_grad_() for name in names]
     oracle = reference.CELLS[cell]
     flat = h.flatten()
-    if oracle.operand is not None:  # W_hh of its product is the identity
+    if oracle.operand is not None:  # W_hh of its product is the identity, a norm changes nothing
         operand = oracle.operand(x.flatten(), flat, tuple(prev))
+        if oracle.normed_operand:
+            operand, flat = torch.zeros(()), torch.cat([flat, operand])
         first = oracle.first_gates * prev.shape[1]
         flat = torch.cat([flat[:first], flat[first:] + operand])
     state = torch.stack(oracle.step(x.flatten(), flat, w.flatten(), tuple(prev)))

@@ -237,7 +237,9 @@ PYBIND11_MODULE(_C, m) {
                           {"states", info.states},
                           {"saved", info.saved},
                           {"diagonals", info.diagonals},
-                          {"recurrent", info.recurrent}};
+                          {"recurrent", info.recurrent},
+                          {"norm_gates", info.norm_gates},
+                          {"normed_operand", info.normed_operand}};
     }
     return cells;
   });

@@ -477,12 +477,13 @@ class Call {
     const CellInfo& cell = kernels->info;
     const size_t planes = size_t(stack.layers * stack.dirs);
     // Weights of units to themselves: with weight_hh a tensor more, else in its place.
-    const size_t diagonals = cell.recurrent && cell.diagonals ? 1 : 0;
-    const size_t each = weights.size() / planes - diagonals;
+    const size_t more = cell.recurrent && cell.unit_weights() ? 1 : 0;
+    const char* const more_name = cell.norm_gates ? "norm" : "weight_ch";
+    const size_t each = weights.size() / planes - more;
     check(weights.size() % planes == 0 && each >= 2 && each <= 5,
           "weights must hold weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]",
-          diagonals ? ", weight_ch" : "", " for each of ", planes, " layers and directions, got ",
-          weights.size(), " tensors");
+          more ? ", " : "", more ? more_name : "", " for each of ", planes,
+          " layers and directions, got ", weights.size(), " tensors");
     const bool bias = each >= 4;
     const bool projected = each % 2 == 1;
     check(!projected || has_c(), "only an LSTM has a projection (weight_hr)");
@@ -505,7 +506,7 @@ class Call {
     kept_.reserve(weights.size() + 8);
     for (size_t plane = 0; plane < planes; ++plane) {
       const int64_t in = stack.input_size(int64_t(plane) / stack.dirs);
-      size_t next = plane * (each + diagonals);
+      size_t next = plane * (each + more);
       const auto take = [&](const char* name, const char* symbols, const Shape& shape) {
         weight_shapes_.push_back(shape);
         return keep(checked_contiguous(weights[next++], name, symbols, shape, type));
@@ -521,7 +522,7 @@ class Call {
         w.bias_hh = take("bias_hh", "[G*H]", {rows});
       }
       if (projected) w.hr = take("weight_hr", "[R, H]", {stack.R, stack.H});
-      if (diagonals) w.diag = take("weight_ch", "[P*H]", {cell.diagonals * stack.H});
+      if (more) w.diag = take(more_name, "[P*H]", {cell.unit_weights() * stack.H});
     }
     stack.weights = weights_.data();
   }

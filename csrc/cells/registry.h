@@ -11,8 +11,8 @@ namespace fused_rnn {
 template <Cell... Cs>
 struct TypeList {};
 
-using Cells = TypeList<LSTM, PeepholeLSTM, CoupledLSTM, GRU, GRUResetBefore, RNNTanh, RNNRelu,
-                       IndRNNTanh, IndRNNRelu>;
+using Cells = TypeList<LSTM, PeepholeLSTM, CoupledLSTM, LayerNormLSTM, GRU, GRUResetBefore,
+                       LayerNormGRU, RNNTanh, RNNRelu, IndRNNTanh, IndRNNRelu>;
 
 FUSED_RNN_INLINE constexpr bool same_name(const char* a, const char* b) {
   while (*a != '\0' && *a == *b) {

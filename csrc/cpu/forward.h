@@ -11,6 +11,7 @@ class ForwardScan : Scan<ForwardProblem> {
   using A = Accumulate<S>;
   static constexpr int L = kLanes<A>;
   static constexpr int kPanelWidth = kMaxVectors * L;
+  alignas(64) static constexpr A kZeros[kPanelWidth] = {};  // a bias
 
  public:
   ForwardScan(const CellRows<S>& cell, const ForwardProblem& problem, const Plan& plan)
@@ -29,7 +30,8 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.h[1] = arena.take<A>(steps_.B * Rp_);
       dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
-      dir.operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
+      dir.operand = arena.take<A>(steps_.B * operand_size());
+      dir.gates_h = arena.take<A>(info_.norm_gates ? steps_.B * G_ * Hp_ : 0);
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       for (A*& masked : dir.masked) masked = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
@@ -60,12 +62,13 @@ class ForwardScan : Scan<ForwardProblem> {
     A* h[2];                  // [B, Rp]: read at one step, written at the next
     A* c;                     // [B, Hp]
     A* unprojected;           // [B, Hp]
-    A* operand;               // [B, Hp], of the second product
-    A* h_mask;                // [B, Rp]
-    A* masked[2];             // [B, Rp]: h times its mask
-    A* gates_x;               // [members, chunk rows, G*Hp] in panel order
-    A* staged;                // [members, chunk rows, I]
-    ForwardStep<S>* steps;    // [members]
+    A* operand;    // [B, Hp] of the second product; of a norm [B, 2, Hp], normalised and not
+    A* gates_h;    // [B, G*Hp] in panel order, where they are normalised
+    A* h_mask;     // [B, Rp]
+    A* masked[2];  // [B, Rp]: h times its mask
+    A* gates_x;    // [members, chunk rows, G*Hp] in panel order
+    A* staged;     // [members, chunk rows, I]
+    ForwardStep<S>* steps;   // [members]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
                              // of its steps
   };
@@ -81,6 +84,10 @@ class ForwardScan : Scan<ForwardProblem> {
     Sequence input;
     Sequence output;
   };
+
+  int64_t operand_size() const {
+    return info_.normed_operand ? 2 * Hp_ : info_.two_products() ? Hp_ : 0;
+  }
 
   Sequence between(int64_t layer) const {
     const int64_t features = p_.dirs * p_.R;
@@ -224,10 +231,31 @@ class ForwardScan : Scan<ForwardProblem> {
 
     A* gates = gates_x(task, member);
     for_panels<A>(G_, member.units.begin, member.units.end, [&](int64_t unit, int vectors) {
+      const A* bias = info_.norm_gates ? kZeros : task.packed.bias_ih + unit * G_;
       product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
-              task.packed.ih, unit, vectors, task.packed.bias_ih + unit * G_, gates + unit * G_,
-              G_ * Hp_);
+              task.packed.ih, unit, vectors, bias, gates + unit * G_, G_ * Hp_);
     });
+    if (!info_.norm_gates) return;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t m = 0; m < offsets[i + 1] - offsets[i]; ++m)
+        normalise_gates(gates + (offsets[i] + m) * G_ * Hp_, task.packed.gain_ih,
+                        task.packed.bias_ih,
+                        saved_row(task, first + i, member.rows.begin + m, slots_ - 2 * G_));
+  }
+
+  // A row of products, in panel order, becomes the pre-activations. Keeps what it was in `raw`.
+  void normalise_gates(A* row, const A* gain, const A* shift, A* raw) const {
+    each_norm(GatesInPanels<A>{0, 0, G_, Hp_}, [&](const GatesInPanels<A>& gates) {
+      if (raw)
+        gates.each([&](int64_t at, int g, int64_t u) { store(raw + g * Hp_ + u, load(row + at)); });
+      normalise(gates, p_.H, row, gain, shift, row);
+    });
+  }
+
+  // Null in inference.
+  A* saved_row(const Task& task, int64_t t, int64_t b, int64_t slot) const {
+    const int64_t row = (task.layer * p_.dirs + task.d) * steps_.N + steps_.offset(t) + b;
+    return p_.saved ? static_cast<A*>(p_.saved) + (row * slots_ + slot) * Hp_ : nullptr;
   }
 
   static void stage(const S* src, int64_t n, A* dst) {
@@ -261,8 +289,9 @@ class ForwardScan : Scan<ForwardProblem> {
     at.c = row_of_state(dir.c, Hp_);
     at.ldc = Hp_;
     at.own = row_of_state(dir.unprojected, Hp_);
-    at.operand = row_of_state(dir.operand, Hp_);
+    at.operand = row_of_state(dir.operand, operand_size());
     at.ld_own = Hp_;
+    at.ld_operand = operand_size();
     at.ldy = task.output.stride_b;
     at.order = steps_.order ? steps_.order + first : nullptr;
     at.y_order = task.output.packed ? nullptr : at.order;
@@ -303,9 +332,7 @@ class ForwardScan : Scan<ForwardProblem> {
     if (p_.zoneout_mask.data)
       at.zoneout_mask = static_cast<const uint8_t*>(p_.zoneout_mask.data) +
                         plane * p_.zoneout_plane + row_of_tensor(p_.zoneout_mask);
-    if (p_.saved)
-      at.saved =
-          static_cast<A*>(p_.saved) + (plane * steps_.N + steps_.offset(t) + first) * slots_ * Hp_;
+    at.saved = saved_row(task, t, first, 0);
     return at;
   }
 
@@ -319,6 +346,7 @@ class ForwardScan : Scan<ForwardProblem> {
                     [&](int64_t unit, int vectors) {
                       panel(task, member, at, rows, parity, which, unit, vectors);
                     });
+      if (info_.norm_gates) normed_step(task, member, at, rows, t);
       if (p_.projected()) project(task, at, rows);
     }
     if (which == 1 || !info_.two_products())
@@ -331,9 +359,13 @@ class ForwardScan : Scan<ForwardProblem> {
     const Direction& dir = *task.dir;
     const auto& r = task.packed.recurrent[which];
     const int64_t width = int64_t(r.gates) * vectors * L;
-    const A* bias = r.bias + unit * r.gates;
+    const A* bias = info_.norm_gates ? kZeros : r.bias + unit * r.gates;
     const auto cell = [&](int64_t m, int64_t height, const A* gates_h, int64_t ldh) {
-      apply_cell(member, at, m, height, which, unit, vectors, gates_h, ldh);
+      if (!info_.norm_gates)
+        return apply_cell(member, at, m, height, which, unit, vectors, gates_h, ldh);
+      A* row = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
+      for (int64_t i = 0; i < height; ++i)
+        copy_row(gates_h + i * ldh, width, width, row + i * G_ * Hp_);
     };
     if (!info_.recurrent) return cell(0, rows, bias, 0);
     const int64_t lda = which == 0 ? Rp_ : Hp_;
@@ -357,6 +389,41 @@ class ForwardScan : Scan<ForwardProblem> {
     }
   }
 
+  // The cell, where it waits for the products of all units.
+  void normed_step(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
+                   int64_t t) const {
+    const Direction& dir = *task.dir;
+    const int64_t ldh = G_ * Hp_, ldo = operand_size();
+    const auto each_panel = [&](int64_t m, int64_t height, auto body) {
+      for_panels<A>(G_, 0, Hp_, [&](int64_t unit, int vectors) {
+        const A* h = dir.gates_h + (member.rows.begin + m) * ldh + unit * G_;
+        body(Tile<A>{m, height, unit, vectors, unit * G_, vectors * L, h, ldh, vectors * L});
+      });
+    };
+    const A* gain = task.packed.diag + (info_.diagonals + 2 * G_) * Hp_;
+    for (int64_t m = 0; m < rows; m += kMaxRows) {  // while they are in L1
+      const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+      for (int64_t b = member.rows.begin + m; b < member.rows.begin + m + height; ++b)
+        normalise_gates(dir.gates_h + b * ldh, task.packed.gain_hh, task.packed.recurrent[0].bias,
+                        saved_row(task, t, b, slots_ - G_));
+      if (!info_.normed_operand) {
+        each_panel(m, height, [&](const Tile<A>& tile) { cell_.forward(at, tile); });
+        continue;
+      }
+      each_panel(m, height, [&](const Tile<A>& tile) { cell_.operand(at, tile); });
+      for (int64_t i = m; i < m + height; ++i) {
+        A* operand = at.operand + i * ldo;
+        normalise(GatesInSlots<A>{0, 1, Hp_}, p_.H, operand + Hp_, gain, gain + Hp_, operand);
+      }
+      each_panel(m, height, [&](Tile<A> tile) {
+        tile.h = at.operand + m * ldo + tile.unit;
+        tile.ldh = ldo;
+        tile.h_gate = Hp_;
+        cell_.forward(at, tile);
+      });
+    }
+  }
+
   void apply_cell(const Member& member, const ForwardStep<S>& at, int64_t m, int64_t height,
                   int which, int64_t unit, int vectors, const A* gates_h, int64_t ldh) const {
     const int64_t gate = vectors * L;
@@ -377,12 +444,11 @@ class ForwardScan : Scan<ForwardProblem> {
   // h = W_hr (o tanh c), for an LSTM with projection.
   void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
     alignas(64) A projected[kMaxRows * kPanelWidth];
-    alignas(64) const A zeros[kPanelWidth] = {};
     for_panels<A>(1, 0, Rp_, [&](int64_t unit, int vectors) {
       for (int64_t m = 0; m < rows; m += kMaxRows) {
         const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
         product(1, height, p_.H, at.own + m * Hp_, Hp_, static_cast<const S*>(task.weights.hr),
-                p_.R, task.packed.hr, unit, vectors, zeros, projected, vectors * L);
+                p_.R, task.packed.hr, unit, vectors, kZeros, projected, vectors * L);
         for (int64_t i = m; i < m + height; ++i)
           for (int v = 0; v < vectors; ++v) {
             const int64_t u = unit + v * L;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cell_rows.h"
+#include "norm.h"
 #include "pack.h"
 #include "strategy.h"
 #include "team.h"
@@ -170,6 +171,17 @@ class Scan {
   }
 
   bool has_c() const { return info_.states > 1; }
+
+  // Calls body(gates) for those that are normalised together.
+  template <class Gates, class Body>
+  void each_norm(Gates gates, Body body) const {
+    const int borders[] = {0, info_.norm_gates, info_.gates};
+    for (int i = 0; i < 2; ++i) {
+      gates.begin = borders[i];
+      gates.end = borders[i + 1];
+      if (gates.begin < gates.end) body(gates);
+    }
+  }
 
   // Of a member's units those that it holds of h: with a projection, all that h has.
   Range units_of_h(Range units) const { return p_.projected() ? Range{0, Rp_} : units; }
