@@ -518,7 +518,7 @@ class LayerNormLSTM(LSTM):
 
     Raises: as `LSTM`.
 
-    Ba, Kiros & Hinton 2016, "Layer normalization", equations 20 to 22.
+    Ba, Kiros & Hinton 2016, "Layer normalization", as its supplement has the LSTM.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -660,7 +660,7 @@ class LayerNormGRU(GRU):
 
     Raises: as `GRU`.
 
-    Ba, Kiros & Hinton 2016, "Layer normalization", equations 23 to 25 (with the biases as shifts).
+    Ba, Kiros & Hinton 2016, "Layer normalization", as its supplement has the GRU.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
