@@ -536,18 +536,19 @@ def _fused(
     batch_first: bool,
     controls: Controls | None = None,
     recompute: bool = False,
+    in_graph: bool = False,
 ) -> Result:
+    question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
     has_c = reference.CELLS[cell].states > 1
-    # An exported graph holds nothing but the op: what backward needs would be computed in vain.
-    if (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and (
-            input.requires_grad
-            or any(weight.requires_grad for weight in weights)
-            or (h0 is not None and h0.requires_grad)
-            or (c0 is not None and c0.requires_grad)
-        )
+    if torch.compiler.is_compiling() and not in_graph:
+        asked = controls or Controls()
+        output, h_n, c_n, all_c = torch.ops.fused_rnn.rnn(*question, *asked, recompute)
+        return output, h_n, c_n if has_c else None, all_c if asked.all_c else None
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or any(weight.requires_grad for weight in weights)
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
     ):
         output, h_n, *c = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
             *(cell, num_layers, bidirectional, batch_first, controls, recompute),
@@ -555,7 +556,6 @@ def _fused(
         )
         c_n, all_c = (*c, None, None)[:2]
         return output, h_n, c_n, all_c
-    question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
     if controls is None:
         output, h_n, c_n = ops.inference(*question)
         return output, h_n, c_n if has_c else None, None
@@ -563,17 +563,53 @@ def _fused(
     return output, h_n, c_n if has_c else None, all_c if controls.all_c else None
 
 
+def _recorded(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_rnn::rnn` in a graph does: all that a call outside of it would.
+
+    Hence a graph that has not been lowered to the other ops can be trained and differentiated in
+    every way, and one that has been is as fast as they are.
+    """
+    # The dispatcher leaves out what is the default at the end.
+    controls, recompute = Controls(*args[9:17]), any(args[17:])
+    call = *args[:9], controls if controls.any else None
+    if _route(*call) != "fused":
+        result = _reference(_Call(*call))
+    elif recompute:
+        result = _recomputed(_Call(*call), in_graph=True)
+    else:
+        result = _fused(*call, in_graph=True)
+    nothing = args[1].new_empty(0)
+    output, h_n, c_n, all_c = (nothing if part is None else part for part in result)
+    return output, h_n, c_n, all_c
+
+
+# Composite: a compiler's tracer goes into it, an exporter's keeps it.
+torch.library.define(
+    "fused_rnn::rnn",
+    "(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
+    "int num_layers, bool bidirectional, bool batch_first, Tensor? lengths=None, "
+    "Tensor? reset=None, bool reset_to_initial=False, Tensor? zoneout_mask=None, "
+    "float zoneout_h=0.0, float zoneout_c=0.0, Tensor? h_mask=None, bool all_c=False, "
+    "bool recompute=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)",
+)
+torch.library.impl("fused_rnn::rnn", "CompositeImplicitAutograd", _recorded)
+
+
 def _fused_named(call: _Call) -> Result:
     return _fused(*call)
 
 
-def _recomputed(call: _Call) -> Result:
+def _recomputed(call: _Call, in_graph: bool = False) -> Result:
     """Segment by segment, each of which keeps nothing for backward but what it was given."""
+    if torch.compiler.is_compiling() and not in_graph:
+        return _fused(*call, recompute=True)
     controls = call.controls or Controls()
     time = 1 if call.batch_first else 0
     whole = call.bidirectional or call.batch_sizes is not None or controls.reset_to_initial
     T = call.input.shape[time]
     B = call.input.shape[1 - time]
+    # Of symbolic sizes one segment: a graph has as many as it was recorded with.
+    whole = whole or isinstance(T, torch.SymInt) or isinstance(B, torch.SymInt)
     size = T if whole else max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
     h, c = call.h0, call.c0
     results = []
@@ -586,7 +622,7 @@ def _recomputed(call: _Call) -> Result:
             own = call.controls and controls.narrow(time, first, steps, T)
             segment = call._replace(input=part, h0=h, c0=c, controls=own)
         first += steps
-        result = _fused(*segment, recompute=True)
+        result = _fused(*segment, recompute=True, in_graph=in_graph)
         _, h, c, _ = result
         results.append(result)
     if len(results) == 1:
