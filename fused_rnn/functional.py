@@ -304,9 +304,7 @@ def refuse_all_but_inference(*tensors: Tensor | None) -> None:
             "a frozen layer has no gradients, and an argument requires one: call it under "
             "torch.no_grad() or torch.inference_mode(), or use the layer it was made from"
         )
-    if not torch.compiler.is_compiling() and (
-        ops.transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0
-    ):
+    if ops.transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0:
         raise RuntimeError(
             "a frozen layer has no gradients: torch.func and forward-mode AD need the layer that "
             "it was made from"
@@ -477,12 +475,17 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
     """The route of a call on [input, weight_ih, ...] and, unless it is "fused", the reason."""
     if ops.transforms_active():
         return "reference", "a torch.func transform is active"
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # in compiled code this is a guard
+        if compiling:
+            raise RuntimeError(
+                "forward-mode AD of a compiled layer: inductor would lose the tangents. Call the "
+                "layer outside of torch.compile, or compile a function that calls torch.func.jvp"
+            )
+        return "reference", "forward-mode AD is active"
     if compiling:
         if torch.onnx.is_in_onnx_export():
             return "torch", "ONNX has no such operator"
     else:
-        if getattr(forward_ad, "_current_level", -1) >= 0:
-            return "reference", "forward-mode AD is active"
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "torch", "torch.jit.trace is recording"
         if has_torch_function(tensors) and any(map(_overrides_torch_function, tensors)):
@@ -571,11 +574,13 @@ def _recorded(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     # The dispatcher leaves out what is the default at the end.
     controls, recompute = Controls(*args[9:17]), any(args[17:])
-    call = *args[:9], controls if controls.any else None
+    call = _Call(*args[:9])
+    if controls.any:
+        call = call._replace(controls=controls)
     if _route(*call) != "fused":
-        result = _reference(_Call(*call))
+        result = _reference(call)
     elif recompute:
-        result = _recomputed(_Call(*call), in_graph=True)
+        result = _recomputed(call, in_graph=True)
     else:
         result = _fused(*call, in_graph=True)
     nothing = args[1].new_empty(0)
@@ -606,8 +611,8 @@ def _recomputed(call: _Call, in_graph: bool = False) -> Result:
     controls = call.controls or Controls()
     time = 1 if call.batch_first else 0
     whole = call.bidirectional or call.batch_sizes is not None or controls.reset_to_initial
-    T = call.input.shape[time]
-    B = call.input.shape[1 - time]
+    sizes: Any = call.input.shape
+    T, B = sizes[time], sizes[1 - time]
     # Of symbolic sizes one segment: a graph has as many as it was recorded with.
     whole = whole or isinstance(T, torch.SymInt) or isinstance(B, torch.SymInt)
     size = T if whole else max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
