@@ -614,8 +614,9 @@ def _recomputed(call: _Call, in_graph: bool = False) -> Result:
     sizes: Any = call.input.shape
     T, B = sizes[time], sizes[1 - time]
     # Of symbolic sizes one segment: a graph has as many as it was recorded with.
-    whole = whole or isinstance(T, torch.SymInt) or isinstance(B, torch.SymInt)
-    size = T if whole else max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
+    if whole or isinstance(T, torch.SymInt) or isinstance(B, torch.SymInt):
+        return _fused(*call, recompute=True, in_graph=in_graph)
+    size = max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
     h, c = call.h0, call.c0
     results = []
     first = 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.autograd.forward_ad as fwAD
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from layers import BEYOND, KINDS, flatten, make, map_tensors, oracle, state_for
 from processes import output_of
 from test_contract_every import CONTROLS, PLAIN_SUBJECTS, Subject, build, subject
@@ -96,12 +97,12 @@ def test_a_compiled_layer_recomputes(dynamic: bool) -> None:
 
     def keep(graph: Any, inputs: Any) -> Any:
         graphs.append(graph.graph)
-        return torch._functorch.compilers.make_boxed_func(graph.forward)
+        return make_boxed_func(graph.forward)
 
     backend = torch._dynamo.backends.common.aot_autograd(
         fw_compiler=keep,
         bw_compiler=keep,
-        partition_fn=torch._functorch.partitioners.min_cut_rematerialization_partition,
+        partition_fn=min_cut_rematerialization_partition,
     )
     layer = fused_rnn.GRU(2, 4, recompute=True)
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -173,8 +174,9 @@ TRANSFORMED: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMED)
-@pytest.mark.parametrize("kind", ["LSTM", "GRU_BEFORE"])
+@pytest.mark.parametrize(
+    ("kind", "transform"), [("LSTM", "grad"), ("GRU_BEFORE", "vmap"), ("INDRNN", "jvp")]
+)
 def test_transforms_inside_of_compiled_code(kind: str, transform: str) -> None:
     """Their results, and the gradients of these."""
     layer = make(fused_rnn, kind, 2, 4, dtype=torch.float64)
@@ -222,9 +224,17 @@ def test_forward_mode_of_compiled_layers_is_refused(
 # Export
 
 
-@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "control"), [("GRU_BEFORE", "plain"), *CONTROLLED, ("LSTMCell", "cell")]
+    ("kind", "control", "strict"),
+    [
+        ("INDRNN", "plain", True),
+        ("LSTMP", "lengths", True),
+        ("GRU", "reset", False),
+        ("PEEPHOLE", "to initial", False),
+        ("LSTM", "states", False),
+        ("GRU_BEFORE", "recompute", True),
+        ("COUPLED", "cell", False),
+    ],
 )
 def test_an_exported_layer_trains(kind: str, control: str, strict: bool) -> None:
     s = subject(kind, control)
