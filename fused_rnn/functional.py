@@ -306,9 +306,7 @@ def refuse_all_but_inference(*tensors: Tensor | None) -> None:
             "a frozen layer has no gradients, and an argument requires one: call it under "
             "torch.no_grad() or torch.inference_mode(), or use the layer it was made from"
         )
-    if not torch.compiler.is_compiling() and (
-        ops.transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0
-    ):
+    if ops.transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0:
         raise RuntimeError(
             "a frozen layer has no gradients: torch.func and forward-mode AD need the layer that "
             "it was made from"
@@ -479,12 +477,17 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
     """The route of a call on [input, weight_ih, ...] and, unless it is "fused", the reason."""
     if ops.transforms_active():
         return "reference", "a torch.func transform is active"
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # in compiled code this is a guard
+        if compiling:
+            raise RuntimeError(
+                "forward-mode AD of a compiled layer: inductor would lose the tangents. Call the "
+                "layer outside of torch.compile, or compile a function that calls torch.func.jvp"
+            )
+        return "reference", "forward-mode AD is active"
     if compiling:
         if torch.onnx.is_in_onnx_export():
             return "torch", "ONNX has no such operator"
     else:
-        if getattr(forward_ad, "_current_level", -1) >= 0:
-            return "reference", "forward-mode AD is active"
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "torch", "torch.jit.trace is recording"
         if has_torch_function(tensors) and any(map(_overrides_torch_function, tensors)):
@@ -538,18 +541,19 @@ def _fused(
     batch_first: bool,
     controls: Controls | None = None,
     recompute: bool = False,
+    in_graph: bool = False,
 ) -> Result:
+    question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
     has_c = reference.CELLS[cell].states > 1
-    # An exported graph holds nothing but the op: what backward needs would be computed in vain.
-    if (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and (
-            input.requires_grad
-            or any(weight.requires_grad for weight in weights)
-            or (h0 is not None and h0.requires_grad)
-            or (c0 is not None and c0.requires_grad)
-        )
+    if torch.compiler.is_compiling() and not in_graph:
+        asked = controls or Controls()
+        output, h_n, c_n, all_c = torch.ops.fused_rnn.rnn(*question, *asked, recompute)
+        return output, h_n, c_n if has_c else None, all_c if asked.all_c else None
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or any(weight.requires_grad for weight in weights)
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
     ):
         output, h_n, *c = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
             *(cell, num_layers, bidirectional, batch_first, controls, recompute),
@@ -557,7 +561,6 @@ def _fused(
         )
         c_n, all_c = (*c, None, None)[:2]
         return output, h_n, c_n, all_c
-    question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
     if controls is None:
         output, h_n, c_n = ops.inference(*question)
         return output, h_n, c_n if has_c else None, None
@@ -565,18 +568,57 @@ def _fused(
     return output, h_n, c_n if has_c else None, all_c if controls.all_c else None
 
 
+def _recorded(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_rnn::rnn` in a graph does: all that a call outside of it would.
+
+    Hence a graph that has not been lowered to the other ops can be trained and differentiated in
+    every way, and one that has been is as fast as they are.
+    """
+    # The dispatcher leaves out what is the default at the end.
+    controls, recompute = Controls(*args[9:17]), any(args[17:])
+    call = _Call(*args[:9])
+    if controls.any:
+        call = call._replace(controls=controls)
+    if _route(*call) != "fused":
+        result = _reference(call)
+    elif recompute:
+        result = _recomputed(call, in_graph=True)
+    else:
+        result = _fused(*call, in_graph=True)
+    nothing = args[1].new_empty(0)
+    output, h_n, c_n, all_c = (nothing if part is None else part for part in result)
+    return output, h_n, c_n, all_c
+
+
+# Composite: a compiler's tracer goes into it, an exporter's keeps it.
+torch.library.define(
+    "fused_rnn::rnn",
+    "(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
+    "int num_layers, bool bidirectional, bool batch_first, Tensor? lengths=None, "
+    "Tensor? reset=None, bool reset_to_initial=False, Tensor? zoneout_mask=None, "
+    "float zoneout_h=0.0, float zoneout_c=0.0, Tensor? h_mask=None, bool all_c=False, "
+    "bool recompute=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)",
+)
+torch.library.impl("fused_rnn::rnn", "CompositeImplicitAutograd", _recorded)
+
+
 def _fused_named(call: _Call) -> Result:
     return _fused(*call)
 
 
-def _recomputed(call: _Call) -> Result:
+def _recomputed(call: _Call, in_graph: bool = False) -> Result:
     """Segment by segment, each of which keeps nothing for backward but what it was given."""
+    if torch.compiler.is_compiling() and not in_graph:
+        return _fused(*call, recompute=True)
     controls = call.controls or Controls()
     time = 1 if call.batch_first else 0
     whole = call.bidirectional or call.batch_sizes is not None or controls.reset_to_initial
-    T = call.input.shape[time]
-    B = call.input.shape[1 - time]
-    size = T if whole else max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
+    sizes: Any = call.input.shape
+    T, B = sizes[time], sizes[1 - time]
+    # Of symbolic sizes one segment: a graph has as many as it was recorded with.
+    if whole or isinstance(T, torch.SymInt) or isinstance(B, torch.SymInt):
+        return _fused(*call, recompute=True, in_graph=in_graph)
+    size = max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
     h, c = call.h0, call.c0
     results = []
     first = 0
@@ -588,7 +630,7 @@ def _recomputed(call: _Call) -> Result:
             own = call.controls and controls.narrow(time, first, steps, T)
             segment = call._replace(input=part, h0=h, c0=c, controls=own)
         first += steps
-        result = _fused(*segment, recompute=True)
+        result = _fused(*segment, recompute=True, in_graph=in_graph)
         _, h, c, _ = result
         results.append(result)
     if len(results) == 1:

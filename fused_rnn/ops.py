@@ -6,6 +6,8 @@ and `frozen`; docs/design.md has their arguments. When they are called is decide
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .reference import Controls
+
+_log = logging.getLogger("fused_rnn")
 
 available = True
 unavailable_reason: str | None = None
@@ -162,6 +167,8 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients by way of the reference, so that they can be differentiated again."""
     create_graph = torch.is_grad_enabled()
+    reason = "its gradients are to be differentiated" if create_graph else "they come in batches"
+    _log.debug("%s backward: reference, because %s", cell, reason)
     num_layers, bidirectional, batch_first = options
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         # Aliases, because one argument may have been computed from another (h0 from the input):
@@ -377,6 +384,42 @@ def _fake_backward_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[
     return _fake_backward(*args[:3], *args[4:17])
 
 
+# What torch.utils.flop_counter counts: the products with matrices, a step of a sequence each.
+
+
+def _flops(
+    cell: str, input: Sequence[int], _: Any, h0: Any, c0: Any, weights: Sequence[Any], *rest: Any,
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    """Tensors come by their shapes."""
+    matrices = [int(math.prod(shape)) for shape in weights if len(shape) == 2]
+    return 2 * math.prod(input[:-1]) * sum(matrices)
+
+
+def _flops_of_backward(d_output: Any, d_h_n: Any, d_c_n: Any, *args: Any, **kwargs: Any) -> int:
+    """Each product twice, for both that it multiplied, where their gradients are wanted."""
+    if not isinstance(args[0], str):
+        args = args[1:]  # d_all_c
+    input, weights, bidirectional = args[1], args[5], args[7]
+    _, need_input, _, need_weights = args[9:13]
+    products = _flops(*args)
+    directions = 2 if bidirectional else 1
+    of_input = 2 * math.prod(input[:-1]) * math.prod(weights[0]) * directions
+    return products * (2 if need_weights else 1) - (0 if need_input else of_input)
+
+
+def _flops_of_frozen(
+    cell: str, input: Sequence[int], _: Any, h0: Any, c0: Any, packed: Any, hidden_size: int,
+    proj_size: int, num_layers: int, bidirectional: bool, *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    facts = reference.CELLS[cell]
+    H, R, D = hidden_size, proj_size or hidden_size, 2 if bidirectional else 1
+    features = input[-1] + (num_layers - 1) * D * R  # of the inputs of all layers
+    recurrent = num_layers * R if facts.recurrent else 0
+    projection = num_layers * R * H if proj_size else 0
+    return 2 * math.prod(input[:-1]) * D * (facts.gates * H * (features + recurrent) + projection)
+
+
 if available:
     inference = torch.ops.fused_rnn.inference.default
     inference_controlled = torch.ops.fused_rnn.inference.controlled
@@ -396,3 +439,6 @@ if available:
     torch.library.register_fake("fused_rnn::forward.controlled", _fake_forward_controlled)
     torch.library.register_fake("fused_rnn::backward", _fake_backward)
     torch.library.register_fake("fused_rnn::backward.controlled", _fake_backward_controlled)
+    register_flop_formula([torch.ops.fused_rnn.inference, torch.ops.fused_rnn.forward])(_flops)
+    register_flop_formula(torch.ops.fused_rnn.backward)(_flops_of_backward)
+    register_flop_formula(torch.ops.fused_rnn.frozen)(_flops_of_frozen)
