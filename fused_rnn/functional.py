@@ -3,6 +3,7 @@
     fused      wherever the library has kernels
     reference  where only plain torch will do: torch.func, forward-mode AD
     torch      everywhere else: other devices and dtypes, tracing, no library
+    onnx       while torch.onnx.export(dynamo=True) records
 
 `logging.getLogger("fused_rnn").setLevel("DEBUG")` tells which one it was, and why, and
 "fused_rnn.strategy" how the threads share a fused call.
@@ -22,7 +23,7 @@ from torch import _VF, Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from . import ops, reference, strategy
+from . import onnx, ops, reference, strategy
 from .reference import Controls
 
 _log = logging.getLogger("fused_rnn")
@@ -178,10 +179,10 @@ def rnn(
         projected = reference.split_weights(cell, weights, scans)[0].hr is not None
         whole = cell.startswith("rnn") or onednn or projected
         named = _autocast(named, low if whole else None)
-    run: Callable[[_Call], Result] = _reference
+    run: Callable[[_Call], Result] = onnx.layer if route == "onnx" else _reference
     if route == "fused":
         run = _recomputed if recompute and torch.is_grad_enabled() else _fused_named
-    whole_layers = recompute and (bidirectional or batch_sizes is not None)
+    whole_layers = route == "onnx" or (recompute and (bidirectional or batch_sizes is not None))
     if return_all_states or whole_layers or (drops and (route == "fused" or variational)):
         return _layer_by_layer(
             named, run, dropout if drops else 0.0, variational, return_all_states
@@ -485,8 +486,8 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
             )
         return "reference", "forward-mode AD is active"
     if compiling:
-        if torch.onnx.is_in_onnx_export():
-            return "torch", "ONNX has no such operator"
+        if _onnx_is_recording():
+            return "onnx", "torch.onnx.export is recording"
     else:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "torch", "torch.jit.trace is recording"
@@ -502,6 +503,12 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
     if not ops.available:
         return "torch", str(ops.unavailable_reason)
     return "fused", ""
+
+
+# Dynamo takes torch's own function for False.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _onnx_is_recording() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def _overrides_torch_function(tensor: Tensor) -> bool:

@@ -237,6 +237,10 @@ def _fake_frozen(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "ONNX has no frozen layers: export the model that the frozen one was made from"
+        )
     _check_devices(input, h0, c0, *packed)
     return _fake_outputs(
         *(cell, input, batch_sizes, h0, hidden_size, proj_size or hidden_size),

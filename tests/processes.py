@@ -7,16 +7,26 @@ import subprocess
 import sys
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` with the import path of this process."""
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python arguments` with the import path of this process."""
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *arguments],
         env=os.environ | path | environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun` with two processes on this machine."""
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    return run(*launch, script, *arguments, OMP_NUM_THREADS="1")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("-c", code, **environment)
 
 
 def output_of(code: str, **environment: str) -> str:

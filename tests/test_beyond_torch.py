@@ -717,7 +717,7 @@ def test_traces_unroll_the_reference(kind: str) -> None:
 
 @each_kind
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_gets_the_reference_unrolled(kind: str, tmp_path: Any) -> None:
+def test_onnx_by_torchscript_gets_the_reference_unrolled(kind: str, tmp_path: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
 
     class Model(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import torchrun
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -105,3 +106,28 @@ def test_streaming_removes_noise(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"denoised   {results['denoised']:.4f}" in printed
     assert "100 frames of 10 ms, each done in" in printed
+
+
+def test_data_parallel_learns_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    results = example("data_parallel")["main"]("--steps 60 --batch 32".split())
+    assert results["training"] < 0.2 * results["before training"]
+    assert results["accuracy"] > 0.9
+    assert f"right in {100 * results['accuracy']:.1f} %" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch is built without gloo",
+)
+def test_data_parallel_learns_in_two_processes() -> None:
+    """Whole weights in each, or half of them: the same losses."""
+    script, options = str(EXAMPLES / "data_parallel.py"), "--steps 60 --batch 32".split()
+    runs = [torchrun(script, *options), torchrun(script, *options, "--sharded")]
+    for run in runs:
+        assert run.returncode == 0, run.stderr
+        (right,) = re.findall(r"right in (.+) % of new waves", run.stdout)
+        assert float(right) > 90
+    (whole, *losses), (half, *same_losses) = (run.stdout.splitlines() for run in runs)
+    assert losses == same_losses
+    kept = [re.fullmatch(r"2 processes, (\d+) weights kept in .*", line) for line in (whole, half)]
+    assert int(kept[0][1]) == 2 * int(kept[1][1])
