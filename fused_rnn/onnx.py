@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -58,25 +57,30 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     if not ops.available:
         return {}
-    return {ops.inference: _inference, ops.inference_controlled: _inference}
+    named: Any = torch.ops.fused_rnn
+    return {
+        named.rnn.default: _rnn,
+        ops.inference: lambda *args: _rnn(*args)[:3],
+        ops.inference_controlled: _rnn,
+    }
 
 
-def _inference(*args: Any) -> tuple[Tensor, ...]:
-    """The ops `inference`, whose results are never None."""
+def _rnn(*args: Any) -> tuple[Tensor, ...]:
+    """The op `rnn`, whose results are never None."""
     from .functional import _Call, _layer_by_layer, _reference
 
-    call = _Call(*args[:9])._replace(controls=Controls(*args[9:]))
+    controls = Controls(*args[9:17])
+
+    call = _Call(*args[:9])._replace(controls=controls)
     every: Any = None
     if call.batch_sizes is None and call.input.dim() == 2:  # a step
         output, h_n, c_n, _ = _reference(call)
     else:
-        all_c = Controls(*args[9:]).all_c  # of one layer then
-        output, h_n, c_n, every = _layer_by_layer(call, layer, 0.0, False, all_c)
+        # all_c is of one layer
+        output, h_n, c_n, every = _layer_by_layer(call, layer, 0.0, False, controls.all_c)
     empty = output.new_empty(0)
-    results = output, h_n, empty if c_n is None else c_n
-    if len(args) == 9:
-        return results
-    return *results, empty if every is None else every[1][0]
+    all_c = empty if every is None else every[1][0]
+    return output, h_n, empty if c_n is None else c_n, all_c
 
 
 def layer(call: _Call) -> Result:
@@ -191,7 +195,7 @@ def _scans(call: _Call, scans: list[Weights]) -> Result:
         begins = reset
         if reset is not None and reverse:  # walking backwards, it acts after its step
             begins = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
-        x = F.linear(call.input, weights.ih, weights.bias_ih)
+        x = reference.input_product(reference.CELLS[call.cell], call.input, weights)
         sequences = [s for s in (x, begins, active) if s is not None]
         states = tuple(state[k] for state in initial)
         every, last = _scan(call.cell, weights, controls, states, sequences, reverse)

@@ -275,7 +275,7 @@ def _normalise(cell: Cell, product: Tensor, gain: Tensor, bias: Tensor | None) -
     return torch.cat([F.layer_norm(x, x.shape[-1:], g, b) for x, g, b in parts], -1)
 
 
-def _input_product(cell: Cell, x: Tensor, w: Weights) -> Tensor:
+def input_product(cell: Cell, x: Tensor, w: Weights) -> Tensor:
     """[..., G*H] from the input."""
     if not cell.norm_gates:
         return F.linear(x, w.ih, w.bias_ih)
@@ -446,7 +446,7 @@ def rnn(
                 None if mask is None else steps(mask[k].view(*x.shape[:-1], -1)),
                 None if h_mask is None else h_mask[k],
             )
-            every, states = scan.run(steps(_input_product(CELLS[cell], x, scans[k])))
+            every, states = scan.run(steps(input_product(CELLS[cell], x, scans[k])))
             join = torch.stack if sizes is None else torch.cat
             outputs.append(join([after[0] for after in every]))
             if controls.all_c:
