@@ -141,6 +141,11 @@ def make_arguments(
     )
 
 
+def norms(cell: str) -> bool:
+    """Whether it normalises gates, and so needs all units of a step at once."""
+    return fused_rnn._C.cells()[cell]["norm_gates"] > 0
+
+
 def one_sided(weight: Tensor, H: int) -> Tensor:
     """Rows of one sign: with non-negative inputs every term of a unit's sum has its sign."""
     signs = torch.ones(len(weight), dtype=weight.dtype)

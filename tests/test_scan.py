@@ -23,6 +23,7 @@ from scans import (
     everything,
     judge_scan,
     make_arguments,
+    norms,
     name_outputs,
     one_sided,
     packed,
@@ -62,11 +63,6 @@ each_cell_and_dtype = pytest.mark.parametrize(
 
 def has_c(cell: str) -> bool:
     return fused_rnn._C.cells()[cell]["states"] > 1
-
-
-def norms(cell: str) -> bool:
-    """Whether it normalises gates, and so needs all units of a step at once."""
-    return fused_rnn._C.cells()[cell]["norm_gates"] > 0
 
 
 # Every remainder of the tiles: H around the vector of 16, B around the rows of a tile.
