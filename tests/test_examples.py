@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import fused_rnn
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -105,3 +107,28 @@ def test_streaming_removes_noise(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"denoised   {results['denoised']:.4f}" in printed
     assert "100 frames of 10 ms, each done in" in printed
+
+
+def test_wgan_gp_finds_the_distance(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--steps 100 --hidden 12 --batch 16".split()
+    results = example("wgan_gp")["main"](argv)
+    assert results["found"] == pytest.approx(results["true"], rel=0.2)
+    assert abs(results["before training"] - results["true"]) > 0.5 * results["true"]
+    assert f"found            {results['found']:.3f}" in capsys.readouterr().out
+
+
+def test_wgan_gp_notices_a_lost_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its assertion holds only where the layer's second derivative is there: here it is cut off."""
+    module = example("wgan_gp")
+    forward = module["Critic"].forward
+
+    def cut_off(critic: Any, waves: Any) -> Any:
+        if not isinstance(critic.rnn, fused_rnn.LSTM):
+            return forward(critic, waves)
+        value = forward(critic, waves)
+        (slope,) = torch.autograd.grad(value.sum(), waves, retain_graph=True)
+        return (value + (slope * waves).sum((0, 2))) / 2
+
+    monkeypatch.setattr(module["Critic"], "forward", cut_off)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        module["main"](["--steps", "1"])
