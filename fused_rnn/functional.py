@@ -553,9 +553,10 @@ def _fused(
     question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
     has_c = reference.CELLS[cell].states > 1
     if torch.compiler.is_compiling() and not in_graph:
-        asked = controls or Controls()
-        output, h_n, c_n, all_c = torch.ops.fused_rnn.rnn(*question, *asked, recompute)
-        return output, h_n, c_n if has_c else None, all_c if asked.all_c else None
+        # No default is spelled out: the compiler would look at it before every call.
+        asked: Any = controls or ()
+        output, h_n, c_n, all_c = torch.ops.fused_rnn.rnn(*question, *asked, recompute=recompute)
+        return output, h_n, c_n if has_c else None, all_c if asked and asked.all_c else None
     if torch.is_grad_enabled() and (
         input.requires_grad
         or any(weight.requires_grad for weight in weights)

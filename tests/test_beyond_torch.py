@@ -788,19 +788,6 @@ def test_gradients_of_cells(kind: str) -> None:
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", ["PEEPHOLE", "GRU_BEFORE", "INDRNN"])
-def test_compile_of_cells(kind: str) -> None:
-    torch._dynamo.reset()
-    cell = make_cell(kind, 5, 7)
-    compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
-    gradients = []
-    for each in (cell, compiled):
-        cell.zero_grad()
-        sum(t.square().sum() for t in flatten(each(INPUT[0]))).backward()
-        gradients.append([parameter.grad.clone() for parameter in cell.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
 @each_cell
 def test_cells_under_autocast(kind: str) -> None:
     cell = make_cell(kind, 5, 7)

@@ -42,16 +42,6 @@ def train_step(model: Any, layer: nn.Module, input: Tensor) -> list[Tensor]:
     return [*(o.detach() for o in outputs), *(p.grad.clone() for p in layer.parameters())]
 
 
-@each_kind
-def test_compile_gives_one_graph_that_trains(kind: str) -> None:
-    layer = make(fused_rnn, kind, 5, 7, 2, bidirectional=True, batch_first=True)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    input = torch.randn(3, 4, 5)
-    torch.testing.assert_close(train_step(compiled, layer, input), train_step(layer, layer, input))
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(input), layer(input))
-
-
 def test_compile_with_dropout_and_states() -> None:
     layer = fused_rnn.LSTM(5, 7, 2, dropout=0.5)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -59,31 +49,6 @@ def test_compile_with_dropout_and_states() -> None:
     assert not torch.equal(compiled(input, hx)[0], compiled(input, hx)[0])
     layer.eval()
     torch.testing.assert_close(compiled(input, hx), layer(input, hx))
-
-
-def test_compile_of_packed_sequences() -> None:
-    layer = fused_rnn.GRU(5, 7, bidirectional=True)
-    compiled = torch.compile(layer, backend="aot_eager")
-    rows = [torch.randn(n, 5) for n in (2, 4, 3)]
-    input = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
-    found, expected = compiled(input), layer(input)
-    torch.testing.assert_close(flatten(found), flatten(expected))
-    assert isinstance(found[0], PackedSequence)
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_compile_with_dynamic_time_and_batch_compiles_once(kind: str) -> None:
-    layer = make(fused_rnn, kind, 5, 7)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
-    counts = []
-    for T, B in ((4, 3), (9, 2), (5, 6)):
-        input = torch.randn(T, B, 5)
-        torch.testing.assert_close(
-            train_step(compiled, layer, input), train_step(layer, layer, input)
-        )
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1
 
 
 @pytest.mark.slow

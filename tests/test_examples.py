@@ -12,6 +12,8 @@ import pytest
 import torch
 from processes import torchrun
 
+import fused_rnn
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -131,3 +133,28 @@ def test_data_parallel_learns_in_two_processes() -> None:
     assert losses == same_losses
     kept = [re.fullmatch(r"2 processes, (\d+) weights kept in .*", line) for line in (whole, half)]
     assert int(kept[0][1]) == 2 * int(kept[1][1])
+
+
+def test_wgan_gp_finds_the_distance(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--steps 100 --hidden 12 --batch 16".split()
+    results = example("wgan_gp")["main"](argv)
+    assert results["found"] == pytest.approx(results["true"], rel=0.2)
+    assert abs(results["before training"] - results["true"]) > 0.5 * results["true"]
+    assert f"found            {results['found']:.3f}" in capsys.readouterr().out
+
+
+def test_wgan_gp_notices_a_lost_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its assertion holds only where the layer's second derivative is there: here it is cut off."""
+    module = example("wgan_gp")
+    forward = module["Critic"].forward
+
+    def cut_off(critic: Any, waves: Any) -> Any:
+        if not isinstance(critic.rnn, fused_rnn.LSTM):
+            return forward(critic, waves)
+        value = forward(critic, waves)
+        (slope,) = torch.autograd.grad(value.sum(), waves, retain_graph=True)
+        return (value + (slope * waves).sum((0, 2))) / 2
+
+    monkeypatch.setattr(module["Critic"], "forward", cut_off)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        module["main"](["--steps", "1"])
