@@ -33,9 +33,12 @@ PAIRS = [(k, r) for r in RANDOM for k in (*KINDS, *BEYOND) if k not in REFUSED.g
 
 
 def train(kind: str, options: dict[str, Any]) -> list[Tensor]:
-    """Seeded: weights, input, masks; two steps of training, and what is left of them."""
+    """Seeded: weights, input, masks; two steps of training, and what is left of them.
+
+    Of sizes that are shared by rows among 2 and 3 threads, or with two directions among 4.
+    """
     torch.manual_seed(3)
-    layer = make(fused_rnn, kind, 12, 40, 2, bidirectional=True, **options)
+    layer = make(fused_rnn, kind, 12, 40, 2, bidirectional="dropout" not in options, **options)
     optimizer = torch.optim.Adam(layer.parameters(), 0.01)
     for _ in range(2):
         optimizer.zero_grad()
@@ -51,7 +54,7 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_threads(
 ) -> None:
     """And with and without deterministic algorithms, which conftest.py asks for."""
     expected = train(kind, RANDOM[random])
-    for threads, deterministic in ((1, False), (2, True), (3, True)):
+    for threads, deterministic in ((1, False), (2, True), (3, True), (4, True)):
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         found = train(kind, RANDOM[random])
@@ -113,7 +116,7 @@ while True:  # until a call lasts long enough to be interrupted in the middle
     start = time.perf_counter()
     layer(input)
     seconds = time.perf_counter() - start
-    if seconds > 0.5:
+    if seconds > 0.3:
         break
     T *= 2
 expected = [small, *torch.autograd.grad(layer(small)[0].sum(), list(layer.parameters()))]
