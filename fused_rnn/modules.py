@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,40 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+State = TypeVar("State")
 _KIND_OF_INPUT = {2: "unbatched 2-D", 3: "batched 3-D"}
+
+
+class _LayerCall(Protocol[State]):
+    """What a type checker knows of a call of a layer; nn.Module says no more than Any."""
+
+    @overload
+    def __call__(
+        self,
+        input: Sequences,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to_initial: bool = False,
+        return_all_states: Literal[False] = False,
+    ) -> tuple[Sequences, State]: ...
+
+    @overload
+    def __call__(
+        self,
+        input: Sequences,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to_initial: bool = False,
+        return_all_states: Literal[True],
+    ) -> tuple[Sequences, State, State]: ...
+
+
+class _CellCall(Protocol[State]):
+    def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
 
 
 class _Twin(nn.Module):
@@ -307,7 +340,7 @@ class LSTM(_Layer):
 
         zoneout: the probability that a unit's state stays what it was, or two, for h and for c.
             Outside training the states are the expectation: that share of the old one (Krueger et
-            al. 2017).
+            al. 2017). Not with proj_size.
         recurrent_dropout: the probability that W_hh does not see a unit of h, the same units of a
             sequence at every step (Gal & Ghahramani 2016).
         weight_dropout: the probability of a zero in W_hh, for the whole call (DropConnect; Merity
@@ -341,11 +374,15 @@ class LSTM(_Layer):
     `lengths` and `reset` that do not go with the input.
 
     Precision: bfloat16 and float16 are added up in float32, c is float32, h is rounded at every
-    step. Results do not depend on the number of threads and repeat to the bit.
+    step. The same call gives the same bits, whatever the number of threads; with dropout and its
+    kin after the same `torch.manual_seed`.
 
     Hochreiter & Schmidhuber 1997, "Long short-term memory"; Gers, Schmidhuber & Cummins 2000,
     "Learning to forget"; Sak, Senior & Beaufays 2014 for the projection.
     """
+
+    if TYPE_CHECKING:
+        __call__: _LayerCall[tuple[Tensor, Tensor]]
 
     @overload
     def __init__(
@@ -557,23 +594,30 @@ class GRU(_Layer):
         n = (x_n + r * h_n).tanh()
         h = (1 - z) * n + z * h
 
-    Args: as for `LSTM`, without `proj_size`, and
-        reset_after: by keyword; False for the cell of the paper. Weights do not carry over.
+    Args: as for `LSTM`, those beyond torch.nn too, without `proj_size`, and
+        reset_after: by keyword; False for the cell of the paper. Weights do not carry over, and
+            recurrent_dropout does not go with it.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
-    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` as for `LSTM`.
+    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` and `return_all_states` as for
+    `LSTM`.
 
-    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
+    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`. With
+    `return_all_states` a third, h after every step: like the output, with a leading dimension for
+    the layers.
 
     Parameters: as for `LSTM`, with 3*H rows in the order r, z, n.
 
     Raises: ValueError, TypeError and RuntimeError where `torch.nn.GRU` does, in its words.
 
-    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Results
-    do not depend on the number of threads and repeat to the bit.
+    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Bits as
+    for `LSTM`.
 
     Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder".
     """
+
+    if TYPE_CHECKING:
+        __call__: _LayerCall[Tensor]
 
     reset_after = True  # of layers that convert() has made, too
 
@@ -688,23 +732,29 @@ class RNN(_Layer):
 
         h = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).tanh()
 
-    Args: as for `LSTM`, without `proj_size`, and
+    Args: as for `LSTM`, those beyond torch.nn too, without `proj_size`, and
         nonlinearity: "tanh" or "relu", the fourth argument, before `bias`.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
-    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` as for `LSTM`.
+    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` and `return_all_states` as for
+    `LSTM`.
 
-    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
+    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`. With
+    `return_all_states` a third, h after every step: like the output, with a leading dimension for
+    the layers.
 
     Parameters: as for `LSTM`, with H rows.
 
     Raises: ValueError, TypeError and RuntimeError where `torch.nn.RNN` does, in its words.
 
-    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Results
-    do not depend on the number of threads and repeat to the bit.
+    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Bits as
+    for `LSTM`.
 
     Elman 1990, "Finding structure in time".
     """
+
+    if TYPE_CHECKING:
+        __call__: _LayerCall[Tensor]
 
     @overload
     def __init__(
@@ -765,7 +815,8 @@ class IndRNN(RNN):
 
         h = (F.linear(x, weight_ih, bias_ih) + weight_hh * h + bias_hh).relu()
 
-    Args: as for `RNN`, with "relu" as the default of `nonlinearity`.
+    Args: as for `RNN`, with "relu" as the default of `nonlinearity`; recurrent_dropout does not go
+    with it.
 
     Inputs, Outputs, Precision, Raises: as for `RNN`.
 
@@ -918,6 +969,9 @@ class LSTMCell(_Cell):
     Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTMCell` does, in its words.
     """
 
+    if TYPE_CHECKING:
+        __call__: _CellCall[tuple[Tensor, Tensor]]
+
     def __init__(
         self,
         input_size: int,
@@ -1015,6 +1069,9 @@ class GRUCell(_Cell):
     Raises: ValueError and RuntimeError where `torch.nn.GRUCell` does, in its words.
     """
 
+    if TYPE_CHECKING:
+        __call__: _CellCall[Tensor]
+
     def __init__(
         self,
         input_size: int,
@@ -1086,6 +1143,9 @@ class RNNCell(_Cell):
 
     Raises: ValueError and RuntimeError where `torch.nn.RNNCell` does, in its words.
     """
+
+    if TYPE_CHECKING:
+        __call__: _CellCall[Tensor]
 
     __constants__ = [*nn.RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012
 
