@@ -14,9 +14,8 @@
 
 #include "buffer.h"
 
+namespace fused_rnn::dev {
 namespace {
-
-using namespace fused_rnn::dev;
 
 // Wherever bug is false the kernel is right.
 
@@ -693,8 +692,10 @@ int run_wrong(const char* only) {
 }
 
 }  // namespace
+}  // namespace fused_rnn::dev
 
 int main(int count, char** arguments) {
+  using namespace fused_rnn::dev;
   const char* which = count > 1 ? arguments[1] : "";
   const char* only = count > 2 ? arguments[2] : nullptr;
   if (std::strcmp(which, "right") == 0) return run_right(only);
