@@ -595,30 +595,30 @@ void run_wave(const std::vector<int>& order, size_t first, size_t count, size_t 
 
 Thread* current = nullptr;
 
-void parse(const char* schedule, Options* o) {
-  const std::string order(schedule, std::strcspn(schedule, ":"));
+void parse(const char* wish, Options* o) {
+  const std::string order(wish, std::strcspn(wish, ":"));
   const char* const names[] = {"forward", "reverse", "eager", "random"};
   const auto* name = std::find(std::begin(names), std::end(names), order);
   if (name == std::end(names)) {
     std::fprintf(stderr, "emulator: %s is not forward, reverse, eager or random, and :seed\n",
-                 schedule);
+                 wish);
     std::abort();
   }
   o->order = Order(name - std::begin(names));
-  o->seed = schedule[order.size()] ? std::strtoull(schedule + order.size() + 1, nullptr, 10) : 0;
+  o->seed = wish[order.size()] ? std::strtoull(wish + order.size() + 1, nullptr, 10) : 0;
 }
 
 Options& options() {
   static Options* all = [] {
     auto* o = new Options;
-    if (const char* schedule = std::getenv("FUSED_RNN_EMULATOR")) parse(schedule, o);
+    if (const char* wish = std::getenv("FUSED_RNN_EMULATOR_ORDER")) parse(wish, o);
     return o;
   }();
   return *all;
 }
 
-void set_schedule(const char* schedule) {
-  parse(schedule, &options());
+void set_order(const char* wish) {
+  parse(wish, &options());
 }
 
 const Counts& counts() {

@@ -44,8 +44,9 @@ struct Options {
   };
 };
 Options& options();
-// An order and a seed as "random:7". FUSED_RNN_EMULATOR in the environment is one for the start.
-void set_schedule(const char* schedule);
+// An order and a seed as "random:7". FUSED_RNN_EMULATOR_ORDER in the environment is one for the
+// start.
+void set_order(const char* wish);
 
 // Of all launches so far.
 struct Counts {

@@ -603,21 +603,21 @@ const Case kCases[] = {
 
 #if defined(__SANITIZE_THREAD__)
 constexpr char kBuild[] = "tsan";
-constexpr const char* kSchedules[] = {"forward", "random:1"};
+constexpr const char* kOrders[] = {"forward", "random:1"};
 #elif defined(__SANITIZE_ADDRESS__)
 constexpr char kBuild[] = "asan";
-constexpr const char* kSchedules[] = {"forward", "random:1"};
+constexpr const char* kOrders[] = {"forward", "random:1"};
 #elif defined(FUSED_RNN_EMULATE)
 constexpr char kBuild[] = "plain";
-constexpr const char* kSchedules[] = {"forward", "reverse", "eager", "random:1", "random:2"};
+constexpr const char* kOrders[] = {"forward", "reverse", "eager", "random:1", "random:2"};
 #else
 constexpr char kBuild[] = "gpu";
-constexpr const char* kSchedules[] = {"its own"};
+constexpr const char* kOrders[] = {"its own"};
 #endif
 
-void set_schedule([[maybe_unused]] const char* schedule) {
+void set_order([[maybe_unused]] const char* order) {
 #ifdef FUSED_RNN_EMULATE
-  emu::set_schedule(schedule);
+  emu::set_order(order);
 #endif
 }
 
@@ -659,10 +659,10 @@ std::string first_line(const std::string& words) {
 int run_right(const char* only) {
   for (const Case& c : kCases) {
     if (only && std::strcmp(only, c.name) != 0) continue;
-    for (const char* schedule : kSchedules) {
-      std::printf("%s %s", c.name, schedule);
+    for (const char* order : kOrders) {
+      std::printf("%s %s", c.name, order);
       std::fflush(stdout);  // a sanitizer may have the last word
-      set_schedule(schedule);
+      set_order(order);
       if (!c.right()) return 1;
       std::printf(" passed\n");
     }
@@ -677,13 +677,13 @@ int run_wrong(const char* only) {
       continue;
     }
     int caught = 0;
-    for (const char* schedule : kSchedules) {
+    for (const char* order : kOrders) {
       if (caught && !only) break;
-      set_schedule(schedule);
+      set_order(order);
       std::string words;
       const bool passed = passes_in_child(c.wrong, &words);
       caught += !passed;
-      std::printf("%s %s %s: %s\n", c.name, schedule, passed ? "passed" : "caught",
+      std::printf("%s %s %s: %s\n", c.name, order, passed ? "passed" : "caught",
                   only ? words.c_str() : first_line(words).c_str());
     }
     missed += caught == 0;
