@@ -6,6 +6,7 @@ The programs run by hand as well: `build/tests/planted-tsan-... wrong NAME` show
 
 from __future__ import annotations
 
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from toolkit import CXX, ROOT, emulated, has_gpu, headers, made, native
 
 BUILDS = {
     "plain": "-O1 -g1".split(),
-    "asan": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split(),
+    "asan": [
+        *("-O1", "-g1", "-fno-sanitize-recover=all"),
+        # Of UBSan what a kernel can do wrong: all of it takes twice as long to compile.
+        "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow",
+    ],
     "tsan": "-O1 -g1 -fsanitize=thread".split(),
 }
 PROGRAMS = ["planted", "conformance"]
@@ -25,9 +30,18 @@ ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=
 each_build = pytest.mark.parametrize("build", BUILDS)
 
 
+Programs = dict[tuple[str, str], Path]
+
+
+def has(build: str) -> bool:
+    """Whether the compiler has the sanitizer's library."""
+    library = f"lib{build}.so"
+    return build == "plain" or run(*CXX, f"-print-file-name={library}").strip() != library
+
+
 @pytest.fixture(scope="module")
-def programs() -> dict[tuple[str, str], Path]:
-    """(program, build) -> file."""
+def programs() -> Programs:
+    """(program, build) -> file, of the builds that the compiler can do."""
     headers()  # or skip, before there are threads
     # The emulator itself is never instrumented: see emulator.cpp.
     runtime = emulated("emulator.cpp", "-O2", "-g1")
@@ -37,42 +51,53 @@ def programs() -> dict[tuple[str, str], Path]:
         object_file, _ = made(f"{name}-{build}.o", *emulated(f"{name}.cu", *flags))
         return made(f"{name}-{build}", *CXX, *flags, library.result()[0], object_file)[0]
 
-    keys = [(name, build) for build in BUILDS for name in PROGRAMS]
+    keys = [(name, build) for build in BUILDS if has(build) for name in PROGRAMS]
     with ThreadPoolExecutor(3) as pool:  # one waits for the emulator
         library = pool.submit(made, "emulator.o", *runtime)
         files = [pool.submit(program, *key) for key in keys]
         return {key: file.result() for key, file in zip(keys, files, strict=True)}
 
 
-@each_build
-def test_every_planted_bug_is_caught(programs: dict[tuple[str, str], Path], build: str) -> None:
-    print(run(programs["planted", build], "wrong", **ENVIRONMENT))
+def execute(programs: Programs, name: str, build: str, *arguments: str, **environment: str) -> str:
+    """What the program prints; it must succeed."""
+    if (name, build) not in programs:
+        pytest.skip(f"{shlex.join(CXX)} has no lib{build}.so")
+    command = [programs[name, build], *arguments]
+    try:
+        return run(*command, **ENVIRONMENT, **environment)
+    except AssertionError as error:
+        # Where the kernel scatters mappings widely, GCC's ThreadSanitizer needs it not to.
+        if "unexpected memory mapping" not in str(error):
+            raise
+        return run("setarch", "-R", *command, **ENVIRONMENT, **environment)
 
 
 @each_build
-def test_nothing_is_found_without_bugs(programs: dict[tuple[str, str], Path], build: str) -> None:
-    print(run(programs["planted", build], "right", **ENVIRONMENT))
+def test_every_planted_bug_is_caught(programs: Programs, build: str) -> None:
+    print(execute(programs, "planted", build, "wrong"))
+
+
+@each_build
+def test_nothing_is_found_without_bugs(programs: Programs, build: str) -> None:
+    print(execute(programs, "planted", build, "right"))
 
 
 @each_build
 @pytest.mark.parametrize("order", ["forward", "random:4"])
-def test_emulator_agrees_with_host(
-    programs: dict[tuple[str, str], Path], build: str, order: str
-) -> None:
-    environment = ENVIRONMENT | {"FUSED_RNN_EMULATOR_ORDER": order}
-    print(run(programs["conformance", build], **environment))
+def test_emulator_agrees_with_host(programs: Programs, build: str, order: str) -> None:
+    print(execute(programs, "conformance", build, FUSED_RNN_EMULATOR_ORDER=order))
 
 
-def test_reports_name_the_place(programs: dict[tuple[str, str], Path]) -> None:
+def test_reports_name_the_place(programs: Programs) -> None:
     source = (ROOT / "tests" / "emu" / "planted.cu").read_text().splitlines()
-    divergent = run(programs["planted", "plain"], "wrong", "divergent_sync_block")
+    divergent = execute(programs, "planted", "plain", "wrong", "divergent_sync_block")
     kernel = next(i for i, line in enumerate(source) if "void divergent_sync_block" in line)
     lines = [i + 1 for i in range(kernel, kernel + 12) if "sync_block();" in source[i]]
     assert len(lines) == 2
     assert all(f"planted.cu:{line}:" in divergent for line in lines), divergent
     assert "32 threads wait in sync_block" in divergent
 
-    returned = run(programs["planted", "plain"], "wrong", "return_before_sync_grid")
+    returned = execute(programs, "planted", "plain", "wrong", "return_before_sync_grid")
     assert "deadlock: 192 threads wait in sync_grid" in returned
     assert "64 have returned" in returned
 
