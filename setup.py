@@ -111,13 +111,16 @@ class Cuda(NamedTuple):
 
 def find_cuda(compiler: list[str]) -> Cuda:
     wanted = os.environ.get("FUSED_RNN_CUDA", "")
+    off = "built with FUSED_RNN_CUDA=0" if wanted == "0" else ""
+    if SANITIZE:
+        off = "built with FUSED_RNN_SANITIZE=1"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     if nvcc is None and Path("/usr/local/cuda/bin/nvcc").exists():
         nvcc = "/usr/local/cuda/bin/nvcc"
     try:
         if nvcc is None:
-            raise CompileError("built without nvcc: it is not on PATH, and CUDA_HOME is not set")
+            raise CompileError("it is not on PATH, and CUDA_HOME is not set")
         # nvcc on PATH may be a script, so it is asked where it stands.
         command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
         plan = subprocess.run(command, capture_output=True, text=True)
@@ -126,17 +129,16 @@ def find_cuda(compiler: list[str]) -> Cuda:
             raise CompileError(f"{nvcc} does not run:\n{plan.stderr}")
         root = Path(top[1]).resolve()
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-        architectures, flags = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), known.split())
+        names, flags = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), known.split())
     except (OSError, CompileError) as error:
         if wanted == "1":
             raise CompileError(f"FUSED_RNN_CUDA=1, but {error}") from error
-        return Cuda(off=str(error))
-    if wanted == "0" or SANITIZE:
-        reason = "FUSED_RNN_SANITIZE=1" if SANITIZE else "FUSED_RNN_CUDA=0"
-        return Cuda(root=root, off=f"built with {reason}")
+        return Cuda(off=off or f"built without nvcc: {error}")
+    if off:
+        return Cuda(root=root, off=off)  # the emulator reads CUDA's headers
     own = [*NVCC_FLAGS, "-ccbin", compiler[-1], *flags]
     own += shlex.split(os.environ.get("NVCCFLAGS", ""))
-    return Cuda(nvcc, root, tuple(own), architectures)
+    return Cuda(nvcc, root, tuple(own), names)
 
 
 def gencode(wanted: str, known: list[str]) -> tuple[str, list[str]]:

@@ -43,11 +43,19 @@ def conditions() -> Iterator[None]:
 
 
 @pytest.fixture(params=["emu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def backend(request: pytest.FixtureRequest) -> Iterator[scans.Backend]:
-    """The CUDA kernels, executed on the host and on a GPU: `scans.ops` are theirs."""
+def backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[scans.Backend]:
+    """The CUDA kernels, executed on the host and on a GPU: `scans.ops` are theirs, and what
+    serves layers."""
     name: str = request.param
     if name == "emu":
         load_emulator()
+        for op in ("inference", "forward", "backward"):
+            own = "" if op == "inference" else "_"
+            packet = getattr(torch.ops.fused_rnn_emu, op)
+            monkeypatch.setattr(ops, own + op, packet.default)
+            monkeypatch.setattr(ops, f"{own}{op}_controlled", packet.controlled)
     elif not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     scans.ops.backend = scans.BACKENDS[name]

@@ -19,7 +19,6 @@ from fused_rnn import reference
 from fused_rnn.reference import Controls
 
 
-
 class Backend(NamedTuple):
     """Whose ops are asked, and where they want their tensors."""
 
@@ -155,7 +154,7 @@ def make_arguments(
     mask = torch.rand(states_of_rows, generator=generator) < 0.3 if zoneout == "mask" else None
     kept = torch.rand(scans, B, R, generator=generator) < 0.7
     controls = Controls(
-        None if lengths is None else torch.tensor(list(lengths)),
+        None if lengths is None else torch.tensor(list(lengths), dtype=torch.int64),
         resets,
         reset_to_initial,
         mask,

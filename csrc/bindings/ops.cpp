@@ -239,12 +239,14 @@ class Call {
     if (controls.reset) read_reset(q.input, *controls.reset, controls.reset_to_initial);
     read_regularisers(controls);
     if (q.h0)
-      stack.h0 = keep(checked_contiguous(
-          *q.h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]", h_shape(), type, device));
+      stack.h0 =
+          keep(checked_contiguous(*q.h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]",
+                                  h_shape(), type, device));
     check(!q.c0 || has_c(), "c0 was given, but cell '", q.cell, "' has no c");
     if (q.c0)
-      stack.c0 = keep(checked_contiguous(
-          *q.c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]", c_shape(), type, device));
+      stack.c0 =
+          keep(checked_contiguous(*q.c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]",
+                                  c_shape(), type, device));
     all_c_ = controls.all_c;
     check(!all_c_ || (has_c() && stack.layers == 1 && !step_),
           "all_c needs a cell with c, one layer and a sequence");
@@ -515,8 +517,8 @@ class Call {
     if (!controls.h_mask) return;
     check(kernels->info.recurrent && !kernels->info.two_products(), "cell '", kernels->info.name,
           "' has no product of W_hh with h alone, which h_mask could change");
-    stack.h_mask = keep(checked_contiguous(*controls.h_mask, "h_mask",
-                                           "[num_layers * directions, B, R]", h_shape(), type, device));
+    stack.h_mask = keep(checked_contiguous(
+        *controls.h_mask, "h_mask", "[num_layers * directions, B, R]", h_shape(), type, device));
   }
 
   void read_weights(const std::vector<Tensor>& weights) {
@@ -685,7 +687,8 @@ std::vector<Tensor> pack(const std::string& cell, const std::vector<Tensor>& wei
   // An empty batch of these weights' inputs: they are checked as any call would.
   check(weights[0].dim() == 2, "weight_ih must have shape [G*H, I], got ",
         text(weights[0].sizes()));
-  const Tensor input = empty_on(Device::host(), {1, 0, weights[0].size(1)}, weights[0].scalar_type());
+  const Tensor input =
+      empty_on(Device::host(), {1, 0, weights[0].size(1)}, weights[0].scalar_type());
   const Call call({cell, input, kNone, kNone, kNone, weights, num_layers, bidirectional, false},
                   kNoControls);
   const CellInfo& info = call.kernels->info;
@@ -694,7 +697,8 @@ std::vector<Tensor> pack(const std::string& cell, const std::vector<Tensor>& wei
   for (int64_t plane = 0; plane < call.stack.layers * call.stack.dirs; ++plane) {
     const WeightSizes sizes = call.stack.weight_sizes(plane / call.stack.dirs);
     const size_t bytes = packing.bytes(info, sizes);
-    Tensor& block = blocks.emplace_back(empty_on(Device::host(), {int64_t(bytes)}, ScalarType::Byte));
+    Tensor& block =
+        blocks.emplace_back(empty_on(Device::host(), {int64_t(bytes)}, ScalarType::Byte));
     std::memset(block.data_ptr(), 0, bytes);
     const cpu::PackedTag tag = cpu::tag_for(info, call.dtype, sizes);
     std::memcpy(block.data_ptr(), &tag, sizeof(tag));
@@ -754,20 +758,21 @@ Gradients run_backward(const Seeds& seeds, const Question& question, const Tenso
                                    call.saved_shape(), call.saved_type(), call.device));
   const auto seed = [&](const Tensor& tensor, const char* name, const char* like,
                         const Shape& shape) {
-    const Tensor rows = with_contiguous_features(checked(tensor, name, like, shape, call.type, call.device));
+    const Tensor rows =
+        with_contiguous_features(checked(tensor, name, like, shape, call.type, call.device));
     call.keep(rows);
     return call.sequence(rows);
   };
   if (seeds.output)
     problem.d_output = seed(*seeds.output, "d_output", "that of the output", call.output_shape());
   if (seeds.h_n && !call.is_step())
-    problem.d_h_n = call.keep(
-        checked_contiguous(*seeds.h_n, "d_h_n", "that of h_n", call.h_shape(), call.type, call.device));
+    problem.d_h_n = call.keep(checked_contiguous(*seeds.h_n, "d_h_n", "that of h_n", call.h_shape(),
+                                                 call.type, call.device));
   if (seeds.all_c)
     problem.d_all_c = seed(*seeds.all_c, "d_all_c", "that of all_c", call.all_c_shape());
   if (seeds.c_n && call.has_c())
-    problem.d_c_n = call.keep(
-        checked_contiguous(*seeds.c_n, "d_c_n", "that of c_n", call.c_shape(), call.type, call.device));
+    problem.d_c_n = call.keep(checked_contiguous(*seeds.c_n, "d_c_n", "that of c_n", call.c_shape(),
+                                                 call.type, call.device));
 
   // An empty batch has no steps to write its results.
   const auto result = [&](bool needed, const Shape& shape) {

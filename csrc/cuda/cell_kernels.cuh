@@ -12,7 +12,7 @@ FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u
   constexpr int G = Cell::kGates;
   const int64_t H = s.H;
   A x[G], h[G] = {}, w[Cell::kDiagonals + 1], prev[Cell::kStates], state[Cell::kStates],
-      saved[Cell::kSaved + 1];
+          saved[Cell::kSaved + 1];
   for (int g = 0; g < G; ++g) {
     x[g] = s.gates_x[(b * G + g) * H + u];
     // The first gates of two products are behind their bias already.
@@ -80,12 +80,10 @@ FUSED_RNN_DEVICE void load_before(const BackwardStep<A>& s, int64_t b, int64_t u
     return;
   }
   const bool initial = !begins || s.begins_initial;
-  prev[0] = initial && u < s.R
-                ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u)
-                : A(0);
+  prev[0] =
+      initial && u < s.R ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u) : A(0);
   if constexpr (Cell::kStates > 1)
-    prev[1] =
-        initial ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : A(0);
+    prev[1] = initial ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : A(0);
 }
 
 template <class Cell, class A>
@@ -106,8 +104,8 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t
   if (s.zoneout.any) {
     const auto* mask = static_cast<const uint8_t*>(s.zoneout.mask.data);
     for (int k = 0; k < Cell::kStates; ++k) {
-      const A share = mask ? A(mask[s.zoneout.mask.at(b) + k * H + u] ? 1 : 0)
-                           : A(s.zoneout.share[k]);
+      const A share =
+          mask ? A(mask[s.zoneout.mask.at(b) + k * H + u] ? 1 : 0) : A(s.zoneout.share[k]);
       kept[k] = d_state[k] * share;
       d_state[k] -= kept[k];
     }
@@ -126,9 +124,9 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t
   if constexpr (Cell::kStates > 1) s.incoming.dc[b * H + u] = d_prev[1] + kept[1];
   if (s.h_before && u < s.R)
     store(s.type, s.h_before, b * s.R + u,
-          s.incoming.h_mask.data ? prev[0] * load<A>(s.type, s.incoming.h_mask.data,
-                                                     s.incoming.h_mask.at(b) + u)
-                                 : prev[0]);
+          s.incoming.h_mask.data
+              ? prev[0] * load<A>(s.type, s.incoming.h_mask.data, s.incoming.h_mask.at(b) + u)
+              : prev[0]);
   if constexpr (kTwoProducts<Cell>)
     if (s.operand) store(s.type, s.operand, b * H + u, Cell::saved_operand(saved, prev));
 }
@@ -162,7 +160,8 @@ FUSED_RNN_KERNEL void backward_step(BackwardStep<A> s) {
 
 template <class Cell, class A>
 FUSED_RNN_KERNEL void operand_backward_step(BackwardStep<A> s) {
-  for_each_element(s.rows, s.H, [&](int64_t b, int64_t u) { operand_backward_unit<Cell>(s, b, u); });
+  for_each_element(s.rows, s.H,
+                   [&](int64_t b, int64_t u) { operand_backward_unit<Cell>(s, b, u); });
 }
 
 template <class Cell, class A>

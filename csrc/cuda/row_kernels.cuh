@@ -142,8 +142,7 @@ template <class E>
 FUSED_RNN_KERNEL void gather_rows(int64_t first, int64_t rows, int64_t features, RowMap from,
                                   E* to) {
   for_each_element(rows, features, [&](int64_t row, int64_t i) {
-    to[row * features + i] =
-        static_cast<const E*>(from.sequence.data)[from.at(first + row) + i];
+    to[row * features + i] = static_cast<const E*>(from.sequence.data)[from.at(first + row) + i];
   });
 }
 
@@ -153,8 +152,7 @@ FUSED_RNN_KERNEL void scatter_rows(DType type, int64_t first, int64_t rows, int6
                                    const A* from, const A* more, RowMap to) {
   for_each_element(rows, features, [&](int64_t row, int64_t i) {
     const int64_t at = row * features + i;
-    store(type, to.sequence.data, to.at(first + row) + i,
-          more ? more[at] + from[at] : from[at]);
+    store(type, to.sequence.data, to.at(first + row) + i, more ? more[at] + from[at] : from[at]);
   });
 }
 

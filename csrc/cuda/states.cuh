@@ -14,8 +14,7 @@ FUSED_RNN_DEVICE A emit_h(const ForwardStep<A>& s, int64_t b, int64_t u, A h) {
   const A on = s.next(b) ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u) : h;
   store(s.type, s.h, b * s.R + u, on);
   if (s.masked)
-    store(s.type, s.masked, b * s.R + u,
-          on * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
+    store(s.type, s.masked, b * s.R + u, on * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
   return h;
 }
 
@@ -30,17 +29,15 @@ FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64
     A flowing = in.direct ? in.direct[b * R + u] : A(0);
     if (in.product) {
       const A product = in.product[b * R + u];
-      flowing += in.h_mask.data
-                     ? product * load<A>(in.type, in.h_mask.data, in.h_mask.at(b) + u)
-                     : product;
+      flowing += in.h_mask.data ? product * load<A>(in.type, in.h_mask.data, in.h_mask.at(b) + u)
+                                : product;
     }
     if (!in.ended(b))
       d = flowing;
     else if (in.d_h0)
       in.d_h0[b * R + u] += flowing;
   }
-  if (in.d_output.data)
-    d += load<A>(in.d_output_type, in.d_output.data, in.d_output.at(b) + u);
+  if (in.d_output.data) d += load<A>(in.d_output_type, in.d_output.data, in.d_output.at(b) + u);
   return d;
 }
 

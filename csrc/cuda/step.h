@@ -44,25 +44,25 @@ template <class A>
 struct ForwardStep {
   DType type;
   int64_t rows, H, R;
-  A* gates_x;            // [rows, G*H], without bias; `operand` changes its first gates
-  const A* gates_h;      // [rows, gates of the product * H], without bias; null for no product
-  const void* bias_ih;   // S [G*H], null for none
-  const void* bias_hh;   // S [G*H]
-  const void* diag;      // S [P*H]
-  void* h;               // S [B, R]: before the step, and after it what the next one begins with
-  void* masked;          // S [B, R]: the same times h_mask, for the product; null where there is none
-  Rows h_mask;           // S [B, R]
-  A* c;                  // [B, H], likewise; null for a cell without
-  void* own;             // S [B, H]: the cell's own h where a projection follows, else null
-  void* operand;         // S [B, H]: of the second product, where there is one
-  Rows y;                // S [rows, R]: the output
-  Rows all_c;            // S [rows, H], data null when not wanted
+  A* gates_x;           // [rows, G*H], without bias; `operand` changes its first gates
+  const A* gates_h;     // [rows, gates of the product * H], without bias; null for no product
+  const void* bias_ih;  // S [G*H], null for none
+  const void* bias_hh;  // S [G*H]
+  const void* diag;     // S [P*H]
+  void* h;              // S [B, R]: before the step, and after it what the next one begins with
+  void* masked;   // S [B, R]: the same times h_mask, for the product; null where there is none
+  Rows h_mask;    // S [B, R]
+  A* c;           // [B, H], likewise; null for a cell without
+  void* own;      // S [B, H]: the cell's own h where a projection follows, else null
+  void* operand;  // S [B, H]: of the second product, where there is one
+  Rows y;         // S [rows, R]: the output
+  Rows all_c;     // S [rows, H], data null when not wanted
   Zoneout zoneout;
-  A* saved;              // [rows, slots * Hp]; null in inference
+  A* saved;  // [rows, slots * Hp]; null in inference
   int64_t ld_saved, slot;
-  int own_slot;          // the first of what is not a state, but the cell's own result
-  Begins next;           // who begins anew with the next step
-  Initial initial;       // and with what
+  int own_slot;     // the first of what is not a state, but the cell's own result
+  Begins next;      // who begins anew with the next step
+  Initial initial;  // and with what
 };
 
 // What backward knows of the gradients of the states after a step: they come from the outputs of
@@ -70,11 +70,11 @@ struct ForwardStep {
 template <class A>
 struct Incoming {
   DType type;
-  int64_t first;     // rows from here on are walked for the first time: they begin with d_h_n, d_c_n
-  Begins ended;      // whose gradient ended there: it is lost, or that of h0 and c0
-  Rows d_h_n;        // S [B, R], data null for zeros
-  Rows d_c_n;        // S [B, H]
-  Rows d_output;     // [rows, R]: S, or A between layers
+  int64_t first;  // rows from here on are walked for the first time: they begin with d_h_n, d_c_n
+  Begins ended;   // whose gradient ended there: it is lost, or that of h0 and c0
+  Rows d_h_n;     // S [B, R], data null for zeros
+  Rows d_c_n;     // S [B, H]
+  Rows d_output;  // [rows, R]: S, or A between layers
   DType d_output_type;
   Rows d_all_c;      // S
   A* direct;         // [B, R]: gradient of h before the step, without the part through W_hh
@@ -90,24 +90,24 @@ template <class A>
 struct BackwardStep {
   DType type;
   int64_t rows, H, R;
-  const A* saved;        // [rows, slots * Hp] of this step
+  const A* saved;  // [rows, slots * Hp] of this step
   int64_t ld_saved, slot;
-  int own_slot;          // the cell's own states where zoneout made others of them; 0 for none
-  const A* before;       // the same of the step before, for the rows b < before_rows
+  int own_slot;     // the cell's own states where zoneout made others of them; 0 for none
+  const A* before;  // the same of the step before, for the rows b < before_rows
   int64_t before_rows;
-  Begins begins;         // who began with this step, and had initial states or zeros before it
+  Begins begins;  // who began with this step, and had initial states or zeros before it
   bool begins_initial;
   Initial initial;
-  const void* diag;      // S [P*H]
+  const void* diag;  // S [P*H]
   Zoneout zoneout;
   Incoming<A> incoming;
-  const A* d_own;        // [rows, H]: gradient of the cell's own h where a projection follows
-  void* d_gates_x;       // S [rows, G*H]
-  void* d_gates_h;       // S [rows, G*H], the same pointer where x and h are summed
-  const A* d_operand;    // [rows, H]
-  A* d_diag;             // [rows, P*H], null when not wanted
-  void* h_before;        // S [rows, R]: right operand of the gradient of W_hh, null when not wanted
-  void* operand;         // S [rows, H], likewise
+  const A* d_own;      // [rows, H]: gradient of the cell's own h where a projection follows
+  void* d_gates_x;     // S [rows, G*H]
+  void* d_gates_h;     // S [rows, G*H], the same pointer where x and h are summed
+  const A* d_operand;  // [rows, H]
+  A* d_diag;           // [rows, P*H], null when not wanted
+  void* h_before;      // S [rows, R]: right operand of the gradient of W_hh, null when not wanted
+  void* operand;       // S [rows, H], likewise
 };
 
 // One step backward through a projection: the gradient of h is left as the operand of a product.
@@ -118,7 +118,7 @@ struct UnprojectStep {
   void* d_h;       // S [rows, R]
   const A* saved;  // the slot of the cell's own h in [rows, slots * Hp]
   int64_t ld_saved;
-  void* own;       // S [rows, H]: that h, right operand of the gradient of W_hr; null when not wanted
+  void* own;  // S [rows, H]: that h, right operand of the gradient of W_hr; null when not wanted
 };
 
 // The kernels of a cell, as functions that launch them.

@@ -88,8 +88,8 @@ class Scan {
   // The rows of step t.
   Rows rows_of(const Sequence& sequence, int64_t t, int64_t element_size) const {
     if (!sequence.data) return {};
-    const int64_t first = sequence.packed ? steps_.offset(t) * sequence.stride_b
-                                          : t * sequence.stride_t;
+    const int64_t first =
+        sequence.packed ? steps_.offset(t) * sequence.stride_b : t * sequence.stride_t;
     return {static_cast<char*>(sequence.data) + first * element_size, sequence.stride_b,
             sequence.packed ? nullptr : order_};
   }
@@ -134,8 +134,8 @@ class Scan {
                  Matrix* matrix) const {
     const bool one_step = chunk.count == 1 && !(order_ && !sequence.packed);
     const bool one_row = steps_.B == 1 && !sequence.packed;
-    const bool gapless = sequence.packed || (!steps_.offsets &&
-                                             sequence.stride_t == steps_.B * sequence.stride_b);
+    const bool gapless =
+        sequence.packed || (!steps_.offsets && sequence.stride_t == steps_.B * sequence.stride_b);
     if (!one_step && !one_row && !gapless) return false;
     int64_t ld = one_row && !one_step ? sequence.stride_t : sequence.stride_b;
     if (chunk.rows == 1) ld = features;
@@ -178,7 +178,7 @@ class Scan {
   const Steps& steps_;
   const Device& device_;
   const DType type_;
-  const int64_t size_;     // of an element of S
+  const int64_t size_;    // of an element of S
   const DType sum_type_;  // A
   const int64_t G_;
   const int64_t first_gates_;  // those that W_hh h adds to
@@ -186,7 +186,7 @@ class Scan {
   const int64_t slots_;   // of saved
   const int64_t widest_;  // features that a layer takes
   int64_t chunk_steps_;
-  int64_t chunk_rows_;  // of a chunk, at most
+  int64_t chunk_rows_;          // of a chunk, at most
   int64_t* order_ = nullptr;    // [B] on the device, as in Steps; null where it is not needed
   int64_t* offsets_ = nullptr;  // [T], likewise
 
@@ -258,10 +258,9 @@ class ForwardScan : Scan<ForwardProblem> {
                     last};
     // Walking backwards nobody begins at the end of the batch.
     const Begins from_zero = p_.reset_to_initial || d == 1 ? Begins{} : begins(0, 0);
-    launch<start_states<A>>(
-        steps_.B, p_.H,
-        Start<A>{type_, steps_.B, p_.H, p_.R, initial(plane), from_zero, h_, masked_,
-                 h_mask(plane), c_});
+    launch<start_states<A>>(steps_.B, p_.H,
+                            Start<A>{type_, steps_.B, p_.H, p_.R, initial(plane), from_zero, h_,
+                                     masked_, h_mask(plane), c_});
     for_chunks(d == 0, [&](const Chunk& chunk) {
       const Matrix x = input_rows(task.input, task.I, chunk, staged_);
       multiply(x, matrix(task.weights.ih, G_ * p_.H, task.I).t(),
@@ -298,8 +297,8 @@ class ForwardScan : Scan<ForwardProblem> {
     s.all_c.data = at(s.all_c.data, task.d * p_.H);
     s.zoneout = zoneout(task.plane, t);
     if (p_.saved)
-      s.saved = static_cast<A*>(p_.saved) +
-                (task.plane * steps_.N + steps_.offset(t)) * slots_ * Hp_;
+      s.saved =
+          static_cast<A*>(p_.saved) + (task.plane * steps_.N + steps_.offset(t)) * slots_ * Hp_;
     s.ld_saved = slots_ * Hp_;
     s.slot = Hp_;
     s.own_slot = info_.states + info_.saved;
@@ -318,7 +317,8 @@ class ForwardScan : Scan<ForwardProblem> {
     if (info_.two_products()) {
       check(cell_.operand(s, device_.stream));
       const int64_t gates = G_ - first_gates_;
-      multiply(matrix(operand_, s.rows, H), matrix(at(w.hh, first_gates_ * H * R), gates * H, R).t(),
+      multiply(matrix(operand_, s.rows, H),
+               matrix(at(w.hh, first_gates_ * H * R), gates * H, R).t(),
                accumulated(gates_h_, s.rows, gates * H));
     }
     check(cell_.forward(s, device_.stream));
@@ -360,8 +360,7 @@ class BackwardScan : Scan<BackwardProblem> {
     d_own_ = arena.take<A>(p_.projected() ? B * H : 0);
     d_operand_ = arena.take<A>(info_.two_products() ? B * H : 0);
     d_gates_x_ = arena.take<char>(chunk_rows_ * G_ * H * size_);
-    d_gates_h_ =
-        info_.sums_gates ? d_gates_x_ : arena.take<char>(chunk_rows_ * G_ * H * size_);
+    d_gates_h_ = info_.sums_gates ? d_gates_x_ : arena.take<char>(chunk_rows_ * G_ * H * size_);
     d_h_ = arena.take<char>(p_.projected() ? chunk_rows_ * R * size_ : 0);
     d_diag_ = arena.take<A>(weights ? chunk_rows_ * info_.diagonals * H : 0);
     h_before_ = arena.take<char>(weights && info_.recurrent ? chunk_rows_ * R * size_ : 0);
@@ -546,13 +545,12 @@ class BackwardScan : Scan<BackwardProblem> {
                        A* sum) const {
     const int64_t M = left.cols, N = right.cols;
     if (chunk.is_first) {
-      multiply(left.t(), right,
-               chunk.is_last ? matrix(gradient, M, N) : accumulated(sum, M, N));
+      multiply(left.t(), right, chunk.is_last ? matrix(gradient, M, N) : accumulated(sum, M, N));
       return;
     }
     multiply(left.t(), right, accumulated(more_, M, N));
     launch<add_up<A>>(1, M * N, type_, M * N, sum, static_cast<const A*>(more_),
-                                     chunk.is_last ? gradient : nullptr);
+                      chunk.is_last ? gradient : nullptr);
   }
 
   void weight_gradients(const Task& task, const Chunk& chunk) const {
@@ -586,8 +584,8 @@ class BackwardScan : Scan<BackwardProblem> {
     for (int turn = 0;; turn = 1 - turn) {
       const int64_t slabs = slabs_of(rows);
       A* to = slabs == 1 ? out : slab_sums_[turn];
-      launch<sum_rows<A>>(slabs, columns, type, in, rows, columns,
-                                         slabs == 1 && !chunk.is_first, to);
+      launch<sum_rows<A>>(slabs, columns, type, in, rows, columns, slabs == 1 && !chunk.is_first,
+                          to);
       if (slabs == 1) return;
       in = to;
       type = sum_type_;
@@ -599,8 +597,7 @@ class BackwardScan : Scan<BackwardProblem> {
     const WeightGrads& grads = p_.d_weights[task.plane];
     const auto round = [&](A* sum, int64_t count, void* gradient) {
       if (gradient)
-        launch<add_up<A>>(1, count, type_, count, sum,
-                                         static_cast<const A*>(nullptr), gradient);
+        launch<add_up<A>>(1, count, type_, count, sum, static_cast<const A*>(nullptr), gradient);
     };
     round(d_bias_ih_, G_ * p_.H, grads.bias_ih);
     round(d_bias_hh_, G_ * p_.H, grads.bias_hh);
@@ -614,8 +611,8 @@ class BackwardScan : Scan<BackwardProblem> {
     const A* saved = saved_rows(below, chunk.row);
     if (p_.dirs == 1 && type_ == sum_type_)
       return {const_cast<A*>(saved), type_, chunk.rows, task.I, ld};
-    launch<gather_saved<A>>(chunk.rows, task.I, type_, chunk.rows, p_.dirs, p_.R,
-                                           saved, ld, steps_.N * ld, static_cast<void*>(x_));
+    launch<gather_saved<A>>(chunk.rows, task.I, type_, chunk.rows, p_.dirs, p_.R, saved, ld,
+                            steps_.N * ld, static_cast<void*>(x_));
     return matrix(x_, chunk.rows, task.I);
   }
 
@@ -629,13 +626,11 @@ class BackwardScan : Scan<BackwardProblem> {
     sum = sum ? sum + chunk.row * I : nullptr;
     if (sum && !is_second) return multiply(gates, w, accumulated(sum, chunk.rows, I));
     Matrix d_input;
-    if (!sum && is_matrix(p_.d_input, I, chunk, &d_input))
-      return multiply(gates, w, d_input);
+    if (!sum && is_matrix(p_.d_input, I, chunk, &d_input)) return multiply(gates, w, d_input);
     multiply(gates, w, accumulated(d_x_, chunk.rows, I));
     const Sequence to = is_inner ? between(task.layer - 1) : p_.d_input;
-    launch<scatter_rows<A>>(chunk.rows, I, is_inner ? sum_type_ : type_, chunk.row,
-                                           chunk.rows, I, static_cast<const A*>(d_x_),
-                                           static_cast<const A*>(sum), map_of(to));
+    launch<scatter_rows<A>>(chunk.rows, I, is_inner ? sum_type_ : type_, chunk.row, chunk.rows, I,
+                            static_cast<const A*>(d_x_), static_cast<const A*>(sum), map_of(to));
   }
 
   const CellLaunches<A>& cell_;

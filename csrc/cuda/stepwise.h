@@ -39,8 +39,8 @@ struct Device {
 // tests change it.
 extern int64_t chunk_bytes;
 
-// All pointers of the problem are the device's, but those of `steps`. Errors are exceptions. Nothing
-// is waited for: the call may be captured in a graph, which then holds for these sizes.
+// All pointers of the problem are the device's, but those of `steps`. Errors are exceptions.
+// Nothing is waited for: the call may be captured in a graph, which then holds for these sizes.
 void stepwise_forward(const char* cell, DType type, const ForwardProblem& problem,
                       const Device& device);
 void stepwise_backward(const char* cell, DType type, const BackwardProblem& problem,
