@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from judge import judge
+from judge import Tensors, judge_draws
 from layers import BEYOND, KINDS, flatten, make, map_tensors, oracle, run, twins
 from scans import (
     FLOATS,
@@ -241,19 +242,20 @@ def test_layers(kind: str, backend: Backend) -> None:
     theirs = ours
     if kind in KINDS:
         ours, theirs = twins(kind, 6, 9, **options)
-    packed = pack_padded_sequence(torch.randn(7, 4, 6), torch.tensor([2, 7, 5, 1]), False, False)
     double = copy.deepcopy(theirs).double()
     plain = theirs if kind in KINDS else oracle(theirs)
-    for x in (torch.randn(7, 4, 6), packed):
-        results = [
-            run(layer, dict(module.named_parameters()), input, None, torch.float32)
-            for layer, module, input in (
-                (ours, ours, x),
-                (plain, theirs, x),
-                (oracle(double), double, map_tensors(Tensor.double, x)),
-            )
-        ]
-        judge(*results)
+
+    def draw(pack: bool) -> tuple[Tensors, Tensors, Tensors]:
+        x: Any = torch.randn(7, 4, 6)
+        if pack:
+            x = pack_padded_sequence(x, torch.tensor([2, 7, 5, 1]), enforce_sorted=False)
+        single, wide = dict(theirs.named_parameters()), dict(double.named_parameters())
+        fused = run(ours, dict(ours.named_parameters()), x, None, torch.float32)
+        exact = run(oracle(double), wide, map_tensors(Tensor.double, x), None, torch.float32)
+        return fused, run(plain, single, x, None, torch.float32), exact
+
+    for pack in (False, True):
+        judge_draws(functools.partial(draw, pack))
 
 
 def test_layers_in_training(backend: Backend) -> None:

@@ -37,6 +37,7 @@ from functools import cache
 import torch
 
 from fused_rnn.bench.shapes import Shape
+from fused_rnn.bench.work import seconds_on_gpu
 
 FLOAT = 4  # bytes; both rates are of float32
 # Smaller weights are in the first-level cache as well, but too few to measure a rate with.
@@ -144,12 +145,8 @@ def copy_rate() -> float:
 
 
 def _least_seconds(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    least, until = math.inf, time.perf_counter() + 0.5
+    until = time.perf_counter() + 0.5
+    least = math.inf
     while time.perf_counter() < until:
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        least = min(least, 1e-3 * start.elapsed_time(end))
+        least = min(least, seconds_on_gpu(call))
     return least
