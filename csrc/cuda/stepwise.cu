@@ -132,7 +132,7 @@ class Scan {
   // Rows of a tensor of the caller as a factor: as they are, where they are a matrix.
   bool is_matrix(const Sequence& sequence, int64_t features, const Chunk& chunk,
                  Matrix* matrix) const {
-    const bool one_step = chunk.count == 1 && !(order_ && !sequence.packed);
+    const bool one_step = chunk.count == 1 && (sequence.packed || !steps_.order);
     const bool one_row = steps_.B == 1 && !sequence.packed;
     const bool gapless =
         sequence.packed || (!steps_.offsets && sequence.stride_t == steps_.B * sequence.stride_b);
@@ -142,6 +142,12 @@ class Scan {
     const Rows rows = rows_of(sequence, chunk.first);
     *matrix = {rows.data, type_, chunk.rows, features, ld};
     return ld >= features;
+  }
+  // Whether there is a chunk whose rows are none.
+  bool is_scattered(const Sequence& sequence, int64_t features) const {
+    Matrix matrix;
+    const int64_t rows = rows_before(chunk_steps_);
+    return !is_matrix(sequence, features, {0, chunk_steps_, 0, rows, true, false}, &matrix);
   }
   // Or else copied to `staged`.
   Matrix input_rows(const Sequence& sequence, int64_t features, const Chunk& chunk,
@@ -218,7 +224,7 @@ class ForwardScan : Scan<ForwardProblem> {
     operand_ = arena.take<char>(info_.two_products() ? steps_.B * p_.H * size_ : 0);
     gates_h_ = arena.take<A>(info_.recurrent ? steps_.B * G_ * p_.H : 0);
     gates_x_ = arena.take<A>(chunk_rows_ * G_ * p_.H);
-    staged_ = arena.take<char>(chunk_rows_ * p_.I * size_);
+    staged_ = arena.take<char>(is_scattered(p_.input, p_.I) ? chunk_rows_ * p_.I * size_ : 0);
     between_ = arena.take<char>(betweens() * steps_.N * p_.dirs * p_.R * size_);
   }
 
@@ -366,7 +372,10 @@ class BackwardScan : Scan<BackwardProblem> {
     h_before_ = arena.take<char>(weights && info_.recurrent ? chunk_rows_ * R * size_ : 0);
     operand_ = arena.take<char>(weights && info_.two_products() ? chunk_rows_ * H * size_ : 0);
     own_ = arena.take<char>(weights && p_.projected() ? chunk_rows_ * H * size_ : 0);
-    x_ = arena.take<char>(weights ? chunk_rows_ * widest_ * size_ : 0);
+    // What a layer was given is read in place where it is a matrix of S.
+    const int64_t staged = is_scattered(p_.input, p_.I) ? p_.I : 0;
+    const int64_t below = p_.layers > 1 && !reads_saved() ? p_.dirs * R : 0;
+    x_ = arena.take<char>(weights ? chunk_rows_ * (staged > below ? staged : below) * size_ : 0);
     const int64_t slabs = slabs_of(chunk_rows_);
     const int64_t columns = (G_ > info_.diagonals ? G_ : info_.diagonals) * H;
     for (A*& sums : slab_sums_) sums = arena.take<A>(weights ? slabs * columns : 0);
@@ -380,7 +389,8 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t most = widest_ > R ? widest_ : R;
     more_ = arena.take<A>(several ? G_ * H * most : 0);
     // The two directions add up in the gradient of their input.
-    d_x_ = arena.take<A>(chunk_rows_ * widest_);
+    const bool scattered = p_.d_input.data && is_scattered(p_.d_input, p_.I);
+    d_x_ = arena.take<A>(p_.dirs == 2 ? chunk_rows_ * widest_ : scattered ? chunk_rows_ * p_.I : 0);
     d_input_ = arena.take<A>(p_.dirs == 2 && p_.d_input.data ? steps_.N * p_.I : 0);
     between_ = arena.take<A>(betweens() * steps_.N * p_.dirs * R);
   }
@@ -410,6 +420,8 @@ class BackwardScan : Scan<BackwardProblem> {
             true};
   }
   bool needs_input(int64_t layer) const { return layer > 0 || p_.d_input.data; }
+  // Whether the output of the layer below is the matrix that is wanted where it was saved.
+  bool reads_saved() const { return p_.dirs == 1 && type_ == sum_type_; }
 
   const A* saved_rows(int64_t plane, int64_t row) const {
     return static_cast<const A*>(p_.saved) + (plane * steps_.N + row) * slots_ * Hp_;
@@ -609,8 +621,7 @@ class BackwardScan : Scan<BackwardProblem> {
     if (task.layer == 0) return input_rows(p_.input, task.I, chunk, x_);
     const int64_t below = (task.layer - 1) * p_.dirs, ld = slots_ * Hp_;
     const A* saved = saved_rows(below, chunk.row);
-    if (p_.dirs == 1 && type_ == sum_type_)
-      return {const_cast<A*>(saved), type_, chunk.rows, task.I, ld};
+    if (reads_saved()) return {const_cast<A*>(saved), type_, chunk.rows, task.I, ld};
     launch<gather_saved<A>>(chunk.rows, task.I, type_, chunk.rows, p_.dirs, p_.R, saved, ld,
                             steps_.N * ld, static_cast<void*>(x_));
     return matrix(x_, chunk.rows, task.I);
