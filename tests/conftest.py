@@ -67,10 +67,11 @@ def load_emulator() -> None:
     """The library of the emulated kernels; FUSED_RNN_EMULATOR=1 when building makes it."""
     flavour = "sanitize" if os.environ.get("FUSED_RNN_SANITIZE") == "1" else "release"
     root = Path(__file__).resolve().parent.parent
-    found = sorted(root.glob(f"build/*-{flavour}/libfused_rnn_emu.so"))
+    found = sorted(map(str, root.glob(f"build/*-{flavour}/libfused_rnn_emu.so")))
+    found += filter(None, [os.environ.get("FUSED_RNN_EMULATOR_LIBRARY")])
     if not found:
         message = "the emulator is not built: FUSED_RNN_EMULATOR=1 python setup.py build_ext"
         if os.environ.get("FUSED_RNN_STRICT") == "1":
             pytest.fail(message)
         pytest.skip(message)
-    torch.ops.load_library(str(found[-1]))
+    torch.ops.load_library(found[-1])

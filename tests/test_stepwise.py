@@ -57,6 +57,7 @@ SIZES = [
     (1, 1, 1, 1),
     (5, 3, 6, 7),
     (2, 9, 33, 16),
+    (3, 8, 4, 40),
     (3, 5, 2, 33),
     (2, 2, 3, 130),
     (30, 1, 4, 5),
@@ -78,23 +79,51 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@contextmanager
+def setting(name: str, value: int, backend: Backend) -> Iterator[None]:
+    """`chunk_bytes` or `fused_rows` of the schedule."""
+    path = fused_rnn._C.__file__
+    if backend.name == "emu":
+        path = next(p for p in torch.ops.loaded_libraries if p.endswith("_emu.so"))
+    change = getattr(ctypes.CDLL(path), f"fused_rnn_{name}")
+    change.argtypes, change.restype = [ctypes.c_int64], ctypes.c_int64
+    before = change(value)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "library"])
+def products(request: pytest.FixtureRequest, backend: Backend) -> Iterator[None]:
+    """The recurrent products of few rows in our kernels, or by the library as those of many."""
+    with setting("fused_rows", 8 if request.param else 0, backend):
+        yield
+
+
+each_product = pytest.mark.usefixtures("products")
+
+
 @each_cell
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_accuracy_of_sizes(cell: str, sizes: tuple[int, ...]) -> None:
     judge_scan(cell, *sizes, dtype=torch.float32)
 
 
+@each_product
 @each_cell
 @pytest.mark.parametrize("options", OPTIONS, ids=describe)
 def test_accuracy_of_structures(cell: str, options: dict[str, Any]) -> None:
     judge_scan(cell, 5, 5, 6, 19, dtype=torch.float32, **without_h_mask(cell, options))
 
 
+@each_product
 @pytest.mark.parametrize("options", [o for o in OPTIONS if not o.get("zoneout")], ids=describe)
 def test_accuracy_with_projection(options: dict[str, Any]) -> None:
     judge_scan("lstm", 5, 5, 6, 19, proj=5, dtype=torch.float32, **options)
 
 
+@each_product
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
     ("cell", "options"),
@@ -103,21 +132,6 @@ def test_accuracy_with_projection(options: dict[str, Any]) -> None:
 )
 def test_accuracy_of_types(cell: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **without_h_mask(cell, options))
-
-
-@contextmanager
-def chunks_of(size: int, backend: Backend) -> Iterator[None]:
-    """Products over time take so many bytes of gates at a time."""
-    path = fused_rnn._C.__file__
-    if backend.name == "emu":
-        path = next(p for p in torch.ops.loaded_libraries if p.endswith("_emu.so"))
-    set_bytes = ctypes.CDLL(path).fused_rnn_chunk_bytes
-    set_bytes.argtypes, set_bytes.restype = [ctypes.c_int64], ctypes.c_int64
-    before = set_bytes(size)
-    try:
-        yield
-    finally:
-        set_bytes(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -129,7 +143,7 @@ def test_accuracy_chunk_by_chunk(
     """Two steps at a time, and one."""
     row = fused_rnn._C.cells()[cell]["gates"] * 19 * 4
     for steps in (2, 1):
-        with chunks_of(steps * 5 * row, backend):
+        with setting("chunk_bytes", steps * 5 * row, backend):
             judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
             if cell == "lstm":
                 judge_scan(cell, 5, 5, 6, 19, dtype=dtype, proj=5, **options)

@@ -172,8 +172,11 @@ void copy_on_cuda(const void* from, void* to, size_t bytes, int32_t device) {
 
 }  // namespace fused_rnn
 
-// For tests, by ctypes: sets cuda::chunk_bytes and returns what it was.
+// For tests, by ctypes: set cuda::chunk_bytes or cuda::fused_rows and return what it was.
 extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_chunk_bytes(int64_t bytes) {
   return std::exchange(fused_rnn::cuda::chunk_bytes, bytes);
+}
+extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_fused_rows(int64_t rows) {
+  return std::exchange(fused_rnn::cuda::fused_rows, rows);
 }
 #endif

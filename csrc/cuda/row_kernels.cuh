@@ -27,10 +27,12 @@ struct Start {
   int64_t B, H, R;
   Initial initial;
   Begins from_zero;
-  void* h;       // S [B, R]
-  void* masked;  // S [B, R], or null
+  void* h[2];       // S [B, R]: the buffers that steps read and write in turn
+  void* masked[2];  // S [B, R], or null
   Rows h_mask;
-  A* c;  // [B, H], or null
+  A* c;           // [B, H], or null
+  int64_t ends;   // rows from here on have no steps: these are their final states
+  Rows h_n, c_n;  // S, data null when not wanted
 };
 
 template <class A>
@@ -39,33 +41,18 @@ FUSED_RNN_KERNEL void start_states(Start<A> s) {
     const bool zero = s.from_zero(b);
     if (u < s.R) {
       const A h = zero ? A(0) : load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u);
-      store(s.type, s.h, b * s.R + u, h);
-      if (s.masked)
-        store(s.type, s.masked, b * s.R + u,
-              h * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
+      for (int i = 0; i < 2; ++i) {
+        store(s.type, s.h[i], b * s.R + u, h);
+        if (s.masked[i])
+          store(s.type, s.masked[i], b * s.R + u,
+                h * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
+      }
+      if (b >= s.ends && s.h_n.data) store(s.type, s.h_n.data, s.h_n.at(b) + u, h);
     }
-    if (s.c)
-      s.c[b * s.H + u] =
-          zero ? A(0) : load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u);
-  });
-}
-
-// The states after the last step, to the caller.
-template <class A>
-struct Finish {
-  DType type;
-  int64_t B, H, R;
-  const void* h;  // S [B, R]
-  const A* c;     // [B, H]
-  Rows h_n, c_n;  // S, data null when not wanted
-};
-
-template <class A>
-FUSED_RNN_KERNEL void finish_states(Finish<A> s) {
-  for_each_element(s.B, s.H, [&](int64_t b, int64_t u) {
-    if (s.h_n.data && u < s.R)
-      store(s.type, s.h_n.data, s.h_n.at(b) + u, load<A>(s.type, s.h, b * s.R + u));
-    if (s.c_n.data) store(s.type, s.c_n.data, s.c_n.at(b) + u, s.c[b * s.H + u]);
+    if (!s.c) return;
+    const A c = zero ? A(0) : load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u);
+    s.c[b * s.H + u] = c;
+    if (b >= s.ends && s.c_n.data) store(s.type, s.c_n.data, s.c_n.at(b) + u, c);
   });
 }
 

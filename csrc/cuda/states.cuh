@@ -12,26 +12,26 @@ FUSED_RNN_DEVICE A emit_h(const ForwardStep<A>& s, int64_t b, int64_t u, A h) {
   h = round_to(s.type, h);
   store(s.type, s.y.data, s.y.at(b) + u, h);
   const A on = s.next(b) ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u) : h;
-  store(s.type, s.h, b * s.R + u, on);
-  if (s.masked)
-    store(s.type, s.masked, b * s.R + u, on * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
+  store(s.type, s.h_after, b * s.R + u, on);
+  if (s.masked_after)
+    store(s.type, s.masked_after, b * s.R + u,
+          on * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
+  if (b >= s.ends && s.h_n.data) store(s.type, s.h_n.data, s.h_n.at(b) + u, h);
   return h;
 }
 
 // The gradient of h after a step: what flows in from the step walked before, or d_h_n at the end of
-// a sequence, and what the output of this step adds.
-template <class A>
-FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64_t R) {
+// a sequence, and what the output of this step adds. product() is what W_hh adds to what flows.
+template <class A, class Product>
+FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64_t R,
+                              Product product) {
   A d = 0;
   if (b >= in.first) {
     d = load_or_zero<A>(in.type, in.d_h_n.data, in.d_h_n.at(b) + u);
   } else {
-    A flowing = in.direct ? in.direct[b * R + u] : A(0);
-    if (in.product) {
-      const A product = in.product[b * R + u];
-      flowing += in.h_mask.data ? product * load<A>(in.type, in.h_mask.data, in.h_mask.at(b) + u)
-                                : product;
-    }
+    A flowing = product();
+    if (in.h_mask.data) flowing *= load<A>(in.type, in.h_mask.data, in.h_mask.at(b) + u);
+    if (in.direct) flowing += in.direct[b * R + u];
     if (!in.ended(b))
       d = flowing;
     else if (in.d_h0)
@@ -39,6 +39,11 @@ FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64
   }
   if (in.d_output.data) d += load<A>(in.d_output_type, in.d_output.data, in.d_output.at(b) + u);
   return d;
+}
+
+template <class A>
+FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64_t R) {
+  return incoming_h(in, b, u, R, [&] { return in.product ? in.product[b * R + u] : A(0); });
 }
 
 // The same of c.

@@ -49,20 +49,26 @@ struct ForwardStep {
   const void* bias_ih;  // S [G*H], null for none
   const void* bias_hh;  // S [G*H]
   const void* diag;     // S [P*H]
-  void* h;              // S [B, R]: before the step, and after it what the next one begins with
-  void* masked;   // S [B, R]: the same times h_mask, for the product; null where there is none
-  Rows h_mask;    // S [B, R]
-  A* c;           // [B, H], likewise; null for a cell without
-  void* own;      // S [B, H]: the cell's own h where a projection follows, else null
-  void* operand;  // S [B, H]: of the second product, where there is one
-  Rows y;         // S [rows, R]: the output
-  Rows all_c;     // S [rows, H], data null when not wanted
+  const void* h;        // S [B, R]: before the step
+  void* h_after;        // S [B, R]: after it, what the next one begins with
+  void* masked_after;   // S [B, R]: the same times h_mask, for the product; null for no mask
+  Rows h_mask;          // S [B, R]
+  A* c;                 // [B, H]: before, and after; null for a cell without
+  void* own;            // S [B, H]: the cell's own h where a projection follows, else null
+  void* operand;        // S [B, H]: of the second product, where there is one
+  Rows y;               // S [rows, R]: the output
+  Rows all_c;           // S [rows, H], data null when not wanted
   Zoneout zoneout;
   A* saved;  // [rows, slots * Hp]; null in inference
   int64_t ld_saved, slot;
   int own_slot;     // the first of what is not a state, but the cell's own result
+  int64_t ends;     // rows from here on have their last step: these are their final states
+  Rows h_n, c_n;    // S [B, R], [B, H]; data null when not wanted
   Begins next;      // who begins anew with the next step
   Initial initial;  // and with what
+  // Of a product in the kernel itself, for few rows: gates_h is not read.
+  const void* weight_hh;  // S [G*H, R]
+  const void* h_operand;  // S [B, R]: h, or h times its mask
 };
 
 // What backward knows of the gradients of the states after a step: they come from the outputs of
@@ -78,7 +84,7 @@ struct Incoming {
   DType d_output_type;
   Rows d_all_c;      // S
   A* direct;         // [B, R]: gradient of h before the step, without the part through W_hh
-  const A* product;  // [B, R]: that part, before h_mask; null where there is no product
+  const A* product;  // [B, R]: that part, before h_mask; null where there is no such product
   Rows h_mask;       // S [B, R]
   A* dc;             // [B, H]
   A* d_h0;           // [B, R]: what ended so far, null where it is lost
@@ -108,6 +114,9 @@ struct BackwardStep {
   A* d_diag;           // [rows, P*H], null when not wanted
   void* h_before;      // S [rows, R]: right operand of the gradient of W_hh, null when not wanted
   void* operand;       // S [rows, H], likewise
+  // Of a product in the kernel itself, for few rows: incoming.product is null.
+  const void* weight_hh;  // S [G*H, R]
+  const void* d_walked;   // S [rows, G*H]: d_gates_h of the step walked before
 };
 
 // One step backward through a projection: the gradient of h is left as the operand of a product.
@@ -121,11 +130,17 @@ struct UnprojectStep {
   void* own;  // S [rows, H]: that h, right operand of the gradient of W_hr; null when not wanted
 };
 
+// Rows whose sums a thread holds where the kernel of a step has the product in it.
+constexpr int kFusedRows = 8;
+
 // The kernels of a cell, as functions that launch them.
 template <class A>
 struct CellLaunches {
   CellInfo info;
   dev::Status (*forward)(const ForwardStep<A>&, dev::Stream);
+  // For at most kFusedRows rows, with the product; null for a cell that has not just that one.
+  dev::Status (*fused_forward)(const ForwardStep<A>&, dev::Stream);
+  dev::Status (*fused_backward)(const BackwardStep<A>&, dev::Stream);
   dev::Status (*operand)(const ForwardStep<A>&, dev::Stream);  // null for a cell with one product
   dev::Status (*backward)(const BackwardStep<A>&, dev::Stream);
   dev::Status (*operand_backward)(const BackwardStep<A>&, dev::Stream);

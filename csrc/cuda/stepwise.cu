@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../core/arena.h"
 #include "row_kernels.cuh"
@@ -9,6 +10,7 @@
 namespace fused_rnn::cuda {
 
 int64_t chunk_bytes = int64_t(256) << 20;
+int64_t fused_rows = kFusedRows;
 
 namespace {
 
@@ -216,8 +218,9 @@ class ForwardScan : Scan<ForwardProblem> {
 
   void lay_out(Arena& arena) {
     lay_out_maps(arena);
-    h_ = arena.take<char>(steps_.B * p_.R * size_);
-    masked_ = arena.take<char>(p_.h_mask ? steps_.B * p_.R * size_ : 0);
+    for (char*& h : h_) h = arena.take<char>(steps_.B * p_.R * size_);
+    for (char*& masked : masked_)
+      masked = arena.take<char>(p_.h_mask ? steps_.B * p_.R * size_ : 0);
     c_ = arena.take<A>(has_c() ? steps_.B * p_.H : 0);
     own_ = arena.take<char>(p_.projected() ? steps_.B * p_.H * size_ : 0);
     projected_ = arena.take<A>(p_.projected() ? steps_.B * p_.R : 0);
@@ -265,22 +268,31 @@ class ForwardScan : Scan<ForwardProblem> {
     // Walking backwards nobody begins at the end of the batch.
     const Begins from_zero = p_.reset_to_initial || d == 1 ? Begins{} : begins(0, 0);
     launch<start_states<A>>(steps_.B, p_.H,
-                            Start<A>{type_, steps_.B, p_.H, p_.R, initial(plane), from_zero, h_,
-                                     masked_, h_mask(plane), c_});
+                            Start<A>{type_,
+                                     steps_.B,
+                                     p_.H,
+                                     p_.R,
+                                     initial(plane),
+                                     from_zero,
+                                     {h_[0], h_[1]},
+                                     {masked_[0], masked_[1]},
+                                     h_mask(plane),
+                                     c_,
+                                     steps_.rows(0),
+                                     state_rows(p_.h_n, plane, p_.R),
+                                     state_rows(p_.c_n, plane, p_.H)});
+    int parity = 0;
     for_chunks(d == 0, [&](const Chunk& chunk) {
       const Matrix x = input_rows(task.input, task.I, chunk, staged_);
       multiply(x, matrix(task.weights.ih, G_ * p_.H, task.I).t(),
                accumulated(gates_x_, chunk.rows, G_ * p_.H));
       for (int64_t i = 0; i < chunk.count; ++i)
-        step(task, chunk, d == 0 ? chunk.first + i : chunk.first + chunk.count - 1 - i);
+        step(task, chunk, d == 0 ? chunk.first + i : chunk.first + chunk.count - 1 - i,
+             std::exchange(parity, 1 - parity));
     });
-    launch<finish_states<A>>(
-        steps_.B, p_.H,
-        Finish<A>{type_, steps_.B, p_.H, p_.R, h_, c_, state_rows(p_.h_n, plane, p_.R),
-                  state_rows(p_.c_n, plane, p_.H)});
   }
 
-  ForwardStep<A> step_at(const Task& task, const Chunk& chunk, int64_t t) const {
+  ForwardStep<A> step_at(const Task& task, const Chunk& chunk, int64_t t, int parity) const {
     ForwardStep<A> s{};
     s.type = type_;
     s.rows = steps_.rows(t);
@@ -291,8 +303,9 @@ class ForwardScan : Scan<ForwardProblem> {
     s.bias_ih = task.weights.bias_ih;
     s.bias_hh = task.weights.bias_hh;
     s.diag = task.weights.diag;
-    s.h = h_;
-    s.masked = masked_;
+    s.h = h_[parity];
+    s.h_after = h_[1 - parity];
+    s.masked_after = masked_[1 - parity];
     s.h_mask = h_mask(task.plane);
     s.c = c_;
     s.own = own_;
@@ -308,17 +321,27 @@ class ForwardScan : Scan<ForwardProblem> {
     s.ld_saved = slots_ * Hp_;
     s.slot = Hp_;
     s.own_slot = info_.states + info_.saved;
+    // Forwards a sequence ends with its own last step, backwards all end with step 0.
+    if (task.d == 0)
+      s.ends = t + 1 < steps_.T ? steps_.rows(t + 1) : 0;
+    else
+      s.ends = t > 0 ? s.rows : 0;
+    s.h_n = state_rows(p_.h_n, task.plane, p_.R);
+    s.c_n = state_rows(p_.c_n, task.plane, p_.H);
     s.next = begins(task.d, task.d == 0 ? t + 1 : t - 1);
     if (p_.reset_to_initial) s.initial = initial(task.plane);
+    s.weight_hh = task.weights.hh;
+    s.h_operand = masked_[parity] ? masked_[parity] : h_[parity];
     return s;
   }
 
-  void step(const Task& task, const Chunk& chunk, int64_t t) const {
-    const ForwardStep<A> s = step_at(task, chunk, t);
+  void step(const Task& task, const Chunk& chunk, int64_t t, int parity) const {
+    const ForwardStep<A> s = step_at(task, chunk, t, parity);
     const Weights& w = task.weights;
     const int64_t H = p_.H, R = p_.R;
-    if (info_.recurrent)
-      multiply(matrix(masked_ ? masked_ : h_, s.rows, R), matrix(w.hh, first_gates_ * H, R).t(),
+    const bool fused = cell_.fused_forward && s.rows <= fused_rows;
+    if (info_.recurrent && !fused)
+      multiply(matrix(s.h_operand, s.rows, R), matrix(w.hh, first_gates_ * H, R).t(),
                accumulated(gates_h_, s.rows, first_gates_ * H));
     if (info_.two_products()) {
       check(cell_.operand(s, device_.stream));
@@ -327,23 +350,23 @@ class ForwardScan : Scan<ForwardProblem> {
                matrix(at(w.hh, first_gates_ * H * R), gates * H, R).t(),
                accumulated(gates_h_, s.rows, gates * H));
     }
-    check(cell_.forward(s, device_.stream));
+    check((fused ? cell_.fused_forward : cell_.forward)(s, device_.stream));
     if (!p_.projected()) return;
     multiply(matrix(own_, s.rows, H), matrix(w.hr, R, H).t(), accumulated(projected_, s.rows, R));
     launch<projected_step<A>>(s.rows, R, s, static_cast<const A*>(projected_));
   }
 
   const CellLaunches<A>& cell_;
-  char* h_;        // S [B, R]
-  char* masked_;   // S [B, R]
-  A* c_;           // [B, H]
-  char* own_;      // S [B, H]: what a projection is applied to
-  A* projected_;   // [B, R]
-  char* operand_;  // S [B, H], of the second product
-  A* gates_h_;     // [B, G*H]
-  A* gates_x_;     // [chunk rows, G*H]
-  char* staged_;   // S [chunk rows, I]
-  char* between_;  // S [betweens, N, D*R]: output of a layer, input of the next
+  char* h_[2];       // S [B, R]: read at one step, written at the next
+  char* masked_[2];  // S [B, R]
+  A* c_;             // [B, H]
+  char* own_;        // S [B, H]: what a projection is applied to
+  A* projected_;     // [B, R]
+  char* operand_;    // S [B, H], of the second product
+  A* gates_h_;       // [B, G*H]
+  A* gates_x_;       // [chunk rows, G*H]
+  char* staged_;     // S [chunk rows, I]
+  char* between_;    // S [betweens, N, D*R]: output of a layer, input of the next
 };
 
 template <class A>
@@ -433,9 +456,13 @@ class BackwardScan : Scan<BackwardProblem> {
     if (d_h0_) clear(d_h0_, steps_.B * p_.R);
     if (d_c0_) clear(d_c0_, steps_.B * p_.H);
     for_chunks(d == 1, [&](const Chunk& chunk) {
-      for (int64_t i = 0; i < chunk.count; ++i)
-        step(task, chunk, d == 0 ? chunk.first + chunk.count - 1 - i : chunk.first + i,
-             chunk.is_last && i + 1 == chunk.count);
+      bool fused = false;
+      for (int64_t i = 0; i < chunk.count; ++i) {
+        const int64_t t = d == 0 ? chunk.first + chunk.count - 1 - i : chunk.first + i;
+        const bool next_fused = i + 1 < chunk.count && fuses(t, d == 0 ? t - 1 : t + 1);
+        step(task, chunk, t, fused, next_fused, chunk.is_last && i + 1 == chunk.count);
+        fused = next_fused;
+      }
       if (p_.d_weights) weight_gradients(task, chunk);
       if (needs_input(layer)) input_gradient(task, chunk);
     });
@@ -450,6 +477,13 @@ class BackwardScan : Scan<BackwardProblem> {
       launch<finish_gradients<A>>(steps_.B, p_.H, s);
     }
     if (p_.d_weights) finish_weights(task);
+  }
+
+  // Whether the product behind step t is in the kernel of the next step of the chunk. All its rows
+  // must be there: of a sequence that ends it leads to h0.
+  bool fuses(int64_t t, int64_t next) const {
+    return cell_.fused_backward && !p_.projected() && steps_.rows(next) <= fused_rows &&
+           steps_.rows(t) <= steps_.rows(next);
   }
 
   void clear(A* data, int64_t count) const {
@@ -520,8 +554,15 @@ class BackwardScan : Scan<BackwardProblem> {
     return s;
   }
 
-  void step(const Task& task, const Chunk& chunk, int64_t t, bool is_last) const {
-    const BackwardStep<A> s = step_at(task, chunk, t);
+  void step(const Task& task, const Chunk& chunk, int64_t t, bool fused, bool next_fused,
+            bool is_last) const {
+    BackwardStep<A> s = step_at(task, chunk, t);
+    if (fused) {
+      const int64_t walked = steps_.offset(task.d == 0 ? t + 1 : t - 1) - chunk.row;
+      s.incoming.product = nullptr;
+      s.weight_hh = task.weights.hh;
+      s.d_walked = at(d_gates_h_, walked * G_ * p_.H);
+    }
     const Weights& w = task.weights;
     const int64_t row = steps_.offset(t) - chunk.row, H = p_.H, R = p_.R;
     if (p_.projected()) {
@@ -537,7 +578,7 @@ class BackwardScan : Scan<BackwardProblem> {
       launch<unproject_step<A>>(s.rows, H, u);
       multiply(matrix(u.d_h, s.rows, R), matrix(w.hr, R, H), accumulated(d_own_, s.rows, H));
     }
-    check(cell_.backward(s, device_.stream));
+    check((fused ? cell_.fused_backward : cell_.backward)(s, device_.stream));
     if (info_.two_products()) {
       Matrix gates = matrix(at(s.d_gates_h, first_gates_ * H), s.rows, (G_ - first_gates_) * H);
       gates.ld = G_ * H;
@@ -546,7 +587,7 @@ class BackwardScan : Scan<BackwardProblem> {
       check(cell_.operand_backward(s, device_.stream));
     }
     // Behind the last step lies h0, whose gradient may not be wanted.
-    if (!info_.recurrent || (is_last && !p_.d_h0)) return;
+    if (!info_.recurrent || next_fused || (is_last && !p_.d_h0)) return;
     Matrix gates = matrix(s.d_gates_h, s.rows, first_gates_ * H);
     gates.ld = G_ * H;
     multiply(gates, matrix(w.hh, gates.cols, R), accumulated(product_, s.rows, R));

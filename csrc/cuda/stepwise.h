@@ -38,6 +38,8 @@ struct Device {
 // Bytes of gates that a call holds for the products over time: so many steps are one chunk. Only
 // tests change it.
 extern int64_t chunk_bytes;
+// Steps of so many rows at most have the recurrent product in their kernel. Likewise.
+extern int64_t fused_rows;
 
 // All pointers of the problem are the device's, but those of `steps`. Errors are exceptions.
 // Nothing is waited for: the call may be captured in a graph, which then holds for these sizes.

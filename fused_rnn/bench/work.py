@@ -63,9 +63,7 @@ def _layer(library: Any, shape: Shape, dtype: str) -> nn.Module:
     return layer
 
 
-def _arguments(
-    shape: Shape, dtype: torch.dtype, training: bool, device: str = "cpu"
-) -> Arguments:
+def _arguments(shape: Shape, dtype: torch.dtype, training: bool, device: str = "cpu") -> Arguments:
     cell = shape.cell.endswith("Cell")
     T, B = shape.T, shape.B
     sizes = [B] if cell else [B, T] if shape.batch_first else [T, B]
