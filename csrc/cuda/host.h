@@ -13,6 +13,10 @@ namespace fused_rnn::dev {
 class [[nodiscard]] Status {
  public:
   Status() = default;
+  Status(const Status&) = default;
+  Status(Status&&) = default;
+  // Returns nothing: nvcc takes the reference for a Status that is thrown away.
+  void operator=(Status other) { message_ = std::move(other.message_); }
   static Status error(std::string message) {
     Status status;
     status.message_ = std::move(message);

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <new>
 #include <string>
@@ -33,6 +34,7 @@ FUSED_RNN_WEAK void __tsan_ignore_thread_begin();
 FUSED_RNN_WEAK void __tsan_ignore_thread_end();
 FUSED_RNN_WEAK void __sanitizer_start_switch_fiber(void** fake, const void* bottom, size_t size);
 FUSED_RNN_WEAK void __sanitizer_finish_switch_fiber(void* fake, const void** bottom, size_t* size);
+FUSED_RNN_WEAK void __asan_poison_memory_region(const volatile void* address, size_t size);
 FUSED_RNN_WEAK void __asan_unpoison_memory_region(const volatile void* address, size_t size);
 }
 
@@ -45,8 +47,10 @@ const bool kAsan = __sanitizer_start_switch_fiber != nullptr && !kTsan;
 // ThreadSanitizer has room for some 8,000 fibers, but is slow long before.
 constexpr int kTsanFibers = 1000;
 constexpr int kResident = 2048;  // threads at a time of a launch that is not cooperative
-const size_t kStack = kAsan ? 256 * 1024 : 64 * 1024;
-constexpr int kMaxGuards = 8192;  // a guard page is a mapping of its own, and these are counted
+const size_t kStack = kAsan || kTsan ? 128 * 1024 : 16 * 1024;
+// At the low end of a stack: guard pages would split the huge pages, without which thousands of
+// stacks are as many entries of the TLB.
+constexpr uint64_t kCanary = 0x6b63617473207073;
 
 // What threads release when they come to a barrier and acquire when they leave: two in turn,
 // because a thread may come to the next one before another has left the last.
@@ -158,6 +162,7 @@ const char* name_of(Collective kind) {
 }
 
 bool same(const Where& a, const Where& b) {
+  if (std::memcmp(&a, &b, sizeof(a)) == 0) return true;  // nearly always
   return a.line() == b.line() && a.column() == b.column() &&
          std::strcmp(a.file_name(), b.file_name()) == 0;
 }
@@ -223,6 +228,8 @@ struct Machine {
   const void* host_stack = nullptr;
   size_t host_stack_bytes = 0;
   LaunchConfig config;
+  int threads = 0;  // of a block
+  Order order = Order::kForward;
   void (*invoke)(const void*) = nullptr;
   const void* arguments = nullptr;
   int total = 0;  // threads of the launch
@@ -236,10 +243,7 @@ struct Machine {
   size_t groups_used = 0;
 };
 
-Machine& machine() {
-  static Machine* m = new Machine;  // never destroyed: kernels may be launched until the very end
-  return *m;
-}
+Machine& m = *new Machine;  // never destroyed: kernels may be launched until the very end
 
 Fiber* self() {
   return static_cast<Fiber*>(current);
@@ -279,13 +283,13 @@ fused_rnn_emu_switch:
 void switch_to(Fiber* to) {
   Fiber* from = self();
   current = to;
-  ++machine().counts.switches;
+  ++m.counts.switches;
   const bool ends = from->state == State::kDone && from->seat;
   if (kTsan) __tsan_switch_to_fiber(to->seat ? to->seat->tsan : to->fake, 1);  // 1: no order
   if (kAsan) {
-    const void* bottom = to->seat ? to->seat->stack : machine().host_stack;
+    const void* bottom = to->seat ? to->seat->stack : m.host_stack;
     __sanitizer_start_switch_fiber(ends ? nullptr : &from->fake, bottom,
-                                   to->seat ? kStack : machine().host_stack_bytes);
+                                   to->seat ? kStack : m.host_stack_bytes);
   }
 #if defined(__x86_64__)
   fused_rnn_emu_switch(&from->sp, to->sp);
@@ -301,12 +305,11 @@ void switch_to(Fiber* to) {
 
 // Goes on with the next who can; the host when there is none.
 void switch_away() {
-  Machine& m = machine();
   if (m.ready.size() == 0) {
     switch_to(&m.host);
     return;
   }
-  if (options().order == Order::kRandom) {
+  if (m.order == Order::kRandom) {
     const unsigned i = unsigned(m.random.below(m.ready.size()));
     std::swap(m.ready.at(m.ready.head), m.ready.at(m.ready.head + i));
   }
@@ -314,20 +317,16 @@ void switch_away() {
   if (next != self()) switch_to(next);
 }
 
-[[noreturn]] void stop(std::string sentence) {
-  Machine& m = machine();
-  if (kTsan) __tsan_ignore_thread_begin();
-  if (m.failure.empty()) m.failure = std::move(sentence);
-  if (kTsan) __tsan_ignore_thread_end();
+// Ends the launch: m.failure says why.
+[[noreturn]] void stop() {
   switch_to(&m.host);
   unreachable();
 }
 
 // All who wait for this become ready.
 void wake(const void* what, int first, int count) {
-  Machine& m = machine();
   m.idle = 0;
-  const Order order = options().order;
+  const Order order = m.order;
   const bool backwards = order == Order::kReverse || order == Order::kEager;
   for (int n = 0; n < count; ++n) {
     const int i = backwards ? first + count - 1 - n : first + n;
@@ -343,6 +342,12 @@ void wake(const void* what, int first, int count) {
   }
 }
 
+// NaN in every type, and written as no sanitizer sees.
+void poison(void* p, size_t bytes) {
+  auto* words = static_cast<volatile uint32_t*>(p);
+  for (size_t i = 0; i < bytes / 4; ++i) words[i] = 0xffffffffu;
+}
+
 void complete(Barrier& barrier, int first, int count) {
   barrier.arrived = 0;
   ++barrier.generation;
@@ -355,27 +360,25 @@ void complete(Group& group, Warp& warp) {
   wake(&group, warp.first, kWarp);
 }
 
-int threads_of_block() {
-  const Index b = machine().config.block;
-  return b.x * b.y * b.z;
-}
-
 // The thread has returned from the kernel: who waited for all others may go on.
 void leave() {
-  Machine& m = machine();
   Fiber* f = self();
   f->state = State::kDone;
   m.idle = 0;
   --m.alive;
   if (kTsan) __tsan_release(&m.ended);
-  const int threads = threads_of_block();
   Block& block = *f->block;
+  if (block.alive == 1 && block.shared) {
+    // Nobody may look at it any more.
+    if (!kTsan) poison(block.shared, m.config.shared_bytes);
+    if (kAsan) __asan_poison_memory_region(block.shared, m.config.shared_bytes);
+  }
   if (--block.alive > 0 && block.barrier.arrived == block.alive) {
-    complete(block.barrier, block.first, threads);
+    complete(block.barrier, block.first, m.threads);
   }
   Cluster& cluster = *block.cluster;
   if (--cluster.alive > 0 && cluster.barrier.arrived == cluster.alive) {
-    complete(cluster.barrier, m.blocks[size_t(cluster.first)].first, threads * m.config.cluster);
+    complete(cluster.barrier, m.blocks[size_t(cluster.first)].first, m.threads * m.config.cluster);
   }
   Warp& warp = *f->warp;
   warp.alive &= ~(1u << f->rank % kWarp);
@@ -387,7 +390,6 @@ void leave() {
 }
 
 void enter() {
-  Machine& m = machine();
   if (kAsan) {
     const void* bottom;
     size_t size;
@@ -404,8 +406,10 @@ void enter() {
 
 void prepare(Fiber& f) {
 #if defined(__x86_64__)
-  // As if enter had been called: the stack pointer is 8 below a multiple of 16.
-  void** top = reinterpret_cast<void**>(f.seat->stack + kStack) - 2;
+  // Stacks begin at different offsets of their pages, or they would fight for a few cache sets. As
+  // if enter had been called, the stack pointer is 8 below a multiple of 16.
+  const size_t offset = size_t(f.seat - m.seats.data()) % 64 * 64 + 16;
+  void** top = reinterpret_cast<void**>(f.seat->stack + kStack - offset);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&enter);
   top -= 6;
@@ -421,18 +425,16 @@ void prepare(Fiber& f) {
 }
 
 void seat(int count) {
-  Machine& m = machine();
-  const size_t page = 4096;
   if (int(m.seats.size()) < count) {
     const size_t more = size_t(count) - m.seats.size();
-    void* memory = mmap(nullptr, more * (kStack + page), PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, more * kStack, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
+    if (!kTsan && !kAsan) madvise(memory, more * kStack, MADV_HUGEPAGE);
     for (size_t i = 0; i < more; ++i) {
-      unsigned char* low = static_cast<unsigned char*>(memory) + i * (kStack + page);
-      if (m.seats.size() < kMaxGuards) mprotect(low, page, PROT_NONE);
       Seat s;
-      s.stack = low + page;
+      s.stack = static_cast<unsigned char*>(memory) + i * kStack;
+      *reinterpret_cast<uint64_t*>(s.stack) = kCanary;
       m.seats.push_back(s);
     }
   }
@@ -452,7 +454,6 @@ void seat(int count) {
 
 // Who waits where.
 std::string deadlock() {
-  Machine& m = machine();
   struct Line {
     const char* name;
     Where where;
@@ -514,9 +515,8 @@ std::string check(const LaunchConfig& c) {
 
 // Some blocks that are resident together.
 void run_wave(const std::vector<int>& order, size_t first, size_t count, size_t wave) {
-  Machine& m = machine();
   const LaunchConfig& c = m.config;
-  const int threads = threads_of_block();
+  const int threads = m.threads;
   const int fibers = int(count) * threads;
   seat(fibers);
   m.fibers.resize(size_t(fibers));
@@ -530,7 +530,6 @@ void run_wave(const std::vector<int>& order, size_t first, size_t count, size_t 
   const int warps = (threads + kWarp - 1) / kWarp;
   // One group per warp is all that most kernels need; the others come when asked for.
   while (m.groups.size() < count * size_t(warps)) m.groups.push_back(new Group);
-  if (kTsan) __tsan_ignore_thread_begin();
   for (size_t b = 0; b < count; ++b) {
     Block& block = m.blocks[b];
     const int id = order[first + b];
@@ -574,9 +573,8 @@ void run_wave(const std::vector<int>& order, size_t first, size_t count, size_t 
       prepare(f);
     }
   }
-  if (kTsan) __tsan_ignore_thread_end();
   for (int i = 0; i < fibers; ++i) {
-    m.ready.push_back(options().order == Order::kReverse ? fibers - 1 - i : i);
+    m.ready.push_back(m.order == Order::kReverse ? fibers - 1 - i : i);
   }
   current = &m.host;
   switch_away();
@@ -584,56 +582,66 @@ void run_wave(const std::vector<int>& order, size_t first, size_t count, size_t 
   if (m.failure.empty() && m.alive > 0) m.failure = deadlock();
   for (const Fiber& f : m.fibers) {
     if (f.state != State::kDone) f.seat->abandoned = true;
+    if (*reinterpret_cast<uint64_t*>(f.seat->stack) != kCanary) {
+      std::fprintf(stderr, "emulator: a kernel needs more than %zu bytes of stack\n", kStack);
+      std::abort();  // what lies below is spoilt
+    }
   }
   if (kTsan) __tsan_acquire(&m.ended);
-  if (kTsan) __tsan_ignore_thread_begin();
   for (Block& block : m.blocks) std::free(block.shared);
-  if (kTsan) __tsan_ignore_thread_end();
 }
 
 }  // namespace
 
 Thread* current = nullptr;
 
+void parse(const char* wish, Options* o) {
+  const std::string order(wish, std::strcspn(wish, ":"));
+  const char* const names[] = {"forward", "reverse", "eager", "random"};
+  const auto* name = std::find(std::begin(names), std::end(names), order);
+  if (name == std::end(names)) {
+    std::fprintf(stderr, "emulator: %s is not forward, reverse, eager or random, and :seed\n",
+                 wish);
+    std::abort();
+  }
+  o->order = Order(name - std::begin(names));
+  o->seed = wish[order.size()] ? std::strtoull(wish + order.size() + 1, nullptr, 10) : 0;
+}
+
 Options& options() {
   static Options* all = [] {
     auto* o = new Options;
-    const char* wish = std::getenv("FUSED_RNN_EMULATOR");
-    if (wish == nullptr) return o;
-    const std::string order(wish, std::strcspn(wish, ":"));
-    if (wish[order.size()]) o->seed = std::strtoull(wish + order.size() + 1, nullptr, 10);
-    if (order == "forward") return o;
-    if (order == "reverse") return o->order = Order::kReverse, o;
-    if (order == "eager") return o->order = Order::kEager, o;
-    if (order == "random") return o->order = Order::kRandom, o;
-    std::fprintf(stderr, "FUSED_RNN_EMULATOR=%s: forward, reverse, eager or random[:seed]\n", wish);
-    std::abort();
+    if (const char* wish = std::getenv("FUSED_RNN_EMULATOR_ORDER")) parse(wish, o);
+    return o;
   }();
   return *all;
 }
 
+void set_order(const char* wish) {
+  parse(wish, &options());
+}
+
 const Counts& counts() {
-  return machine().counts;
+  return m.counts;
 }
 
 void fail(const char* sentence, Where where) {
   const Fiber* f = self();
-  stop(text("%s: %s (block %s thread %s)", text(where).c_str(), sentence,
-            text(f->Thread::block).c_str(), text(f->thread).c_str()));
+  m.failure = text("%s: %s (block %s thread %s)", text(where).c_str(), sentence,
+                   text(f->Thread::block).c_str(), text(f->thread).c_str());
+  stop();
 }
 
 void barrier(Scope scope, const Where& where) {
-  Machine& m = machine();
   Fiber* f = self();
   Block& block = *f->block;
-  const int threads = threads_of_block();
   Barrier* barrier = &block.barrier;
-  int expected = block.alive, first = block.first, count = threads;
+  int expected = block.alive, first = block.first, count = m.threads;
   if (scope == Scope::kCluster) {
     barrier = &block.cluster->barrier;
     expected = block.cluster->alive;
     first = m.blocks[size_t(block.cluster->first)].first;
-    count = threads * m.config.cluster;
+    count = m.threads * m.config.cluster;
   } else if (scope == Scope::kGrid) {
     if (!m.config.cooperative) fail("sync_grid in a launch that is not cooperative", where);
     barrier = &m.grid_barrier;
@@ -646,9 +654,11 @@ void barrier(Scope scope, const Where& where) {
   if (barrier->arrived == 0) {
     barrier->where = where;
   } else if (!same(barrier->where, where)) {
-    stop(text("divergent barrier: %d threads wait in %s at %s, and block %s thread %s comes to %s",
-              barrier->arrived, f->name, text(barrier->where).c_str(),
-              text(f->Thread::block).c_str(), text(f->thread).c_str(), text(where).c_str()));
+    m.failure =
+        text("divergent barrier: %d threads wait in %s at %s, and block %s thread %s comes to %s",
+             barrier->arrived, f->name, text(barrier->where).c_str(),
+             text(f->Thread::block).c_str(), text(f->thread).c_str(), text(where).c_str());
+    stop();
   }
   const unsigned generation = barrier->generation;
   barrier->tokens.release(generation);
@@ -661,7 +671,6 @@ void barrier(Scope scope, const Where& where) {
 
 const void* collective(Collective kind, unsigned mask, const void* in, size_t bytes,
                        const Where& where) {
-  Machine& m = machine();
   Fiber* f = self();
   Warp& warp = *f->warp;
   const int lane = f->rank % kWarp;
@@ -687,17 +696,16 @@ const void* collective(Collective kind, unsigned mask, const void* in, size_t by
     g->kind = kind;
     g->where = where;
     if ((mask & warp.alive) != kFullWarp) {
-      // Lanes that give nothing give NaN.
-      for (size_t i = 0; i < kWarp * bytes / 4; ++i) {
-        reinterpret_cast<volatile uint32_t*>(given)[i] = 0xffffffffu;
-      }
+      // Lanes that are not there give NaN.
+      poison(given, kWarp * bytes);
     }
   } else if (g->kind != kind || (kind != Collective::kSync && !same(g->where, where))) {
-    stop(text(
+    m.failure = text(
         "divergent warp: %d lanes wait in %s at %s, and lane %d of block %s thread %s comes "
         "to %s at %s",
         __builtin_popcount(g->arrived), name_of(g->kind), text(g->where).c_str(), lane,
-        text(f->Thread::block).c_str(), text(f->thread).c_str(), f->name, text(where).c_str()));
+        text(f->Thread::block).c_str(), text(f->thread).c_str(), f->name, text(where).c_str());
+    stop();
   }
   for (size_t i = 0; i < bytes / 4; ++i) {
     reinterpret_cast<volatile uint32_t*>(given + size_t(lane) * bytes)[i] =
@@ -713,23 +721,19 @@ const void* collective(Collective kind, unsigned mask, const void* in, size_t by
   return given;
 }
 
-void pass() {
-  Machine& m = machine();
+void pass(bool waiting) {
+  if (!waiting) m.idle = 0;
   if (++m.idle > 100000 + 200 * m.fibers.size()) {
-    stop("livelock: threads wait for a value that nobody writes, the last in block " +
-         text(self()->Thread::block) + " thread " + text(self()->thread));
+    m.failure = "livelock: threads wait for a value that nobody writes, the last in block " +
+                text(self()->Thread::block) + " thread " + text(self()->thread);
+    stop();
   }
   if (m.ready.size() == 0) return;
   m.ready.push_back(int(self() - m.fibers.data()));
   switch_away();
 }
 
-void progress() {
-  machine().idle = 0;
-}
-
 unsigned char* cluster_shared(void* p, int rank, const Where& where) {
-  Machine& m = machine();
   const Fiber* f = self();
   const ptrdiff_t offset = static_cast<unsigned char*>(p) - f->shared;
   if (rank < 0 || rank >= m.config.cluster) fail("cluster_shared: no such rank", where);
@@ -785,7 +789,6 @@ int blocks_per_sm(int threads, size_t shared_bytes) {
 
 Status run(const LaunchConfig& config, void (*invoke)(const void*), const void* arguments) {
   if (std::string wrong = check(config); !wrong.empty()) return Status::error("launch: " + wrong);
-  Machine& m = machine();
   const std::lock_guard lock(m.mutex);
   m.config = config;
   m.invoke = invoke;
@@ -795,11 +798,17 @@ Status run(const LaunchConfig& config, void (*invoke)(const void*), const void* 
   m.random.state = options().seed * 1000003 + m.counts.launches;
   m.host.state = State::kReady;
   m.host_stack = nullptr;
-  if (kTsan) m.host.fake = __tsan_get_current_fiber();
-  if (kTsan) __tsan_release(&m.begun);
+  if (kTsan) {
+    m.host.fake = __tsan_get_current_fiber();
+    __tsan_release(&m.begun);
+    // Of the host's thread, and not of the fibers: an allocation would be an access.
+    __tsan_ignore_thread_begin();
+  }
 
   const Index grid = config.grid;
-  const int threads = threads_of_block();
+  const int threads = config.block.x * config.block.y * config.block.z;
+  m.threads = threads;
+  m.order = options().order;
   const size_t blocks = size_t(grid.x) * size_t(grid.y) * size_t(grid.z);
   const size_t cluster = size_t(config.cluster);
   m.total = int(blocks) * threads;
@@ -810,7 +819,7 @@ Status run(const LaunchConfig& config, void (*invoke)(const void*), const void* 
   const auto exchange = [&](size_t a, size_t b) {
     for (size_t i = 0; i < cluster; ++i) std::swap(order[a * cluster + i], order[b * cluster + i]);
   };
-  if (options().order == Order::kRandom) {
+  if (m.order == Order::kRandom) {
     for (size_t i = clusters; i > 1; --i) exchange(i - 1, size_t(m.random.below(int(i))));
   }
   const size_t resident = size_t(kTsan ? kTsanFibers : kResident);
@@ -818,9 +827,10 @@ Status run(const LaunchConfig& config, void (*invoke)(const void*), const void* 
   const size_t wave = config.cooperative ? blocks : together;
   const size_t waves = (blocks + wave - 1) / wave;
   for (size_t n = 0; n < waves && m.failure.empty(); ++n) {
-    const size_t first = (options().order == Order::kReverse ? waves - 1 - n : n) * wave;
+    const size_t first = (m.order == Order::kReverse ? waves - 1 - n : n) * wave;
     run_wave(order, first, std::min(wave, blocks - first), n);
   }
+  if (kTsan) __tsan_ignore_thread_end();
   return m.failure.empty() ? Status() : Status::error("emulator: " + m.failure);
 }
 

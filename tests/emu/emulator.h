@@ -28,7 +28,6 @@ using Where = std::source_location;
 // eager: at once, so that one warp or block gets as far ahead as it can. random: anybody.
 enum class Order { kForward, kReverse, kEager, kRandom };
 
-// FUSED_RNN_EMULATOR=random:7 in the environment, an order and a seed, sets them at the start.
 struct Options {
   Order order = Order::kForward;
   uint64_t seed = 0;
@@ -45,6 +44,9 @@ struct Options {
   };
 };
 Options& options();
+// An order and a seed as "random:7". FUSED_RNN_EMULATOR_ORDER in the environment is one for the
+// start.
+void set_order(const char* wish);
 
 // Of all launches so far.
 struct Counts {
@@ -76,10 +78,9 @@ enum class Collective { kSync, kShuffle, kBallot, kMma, kLoadMatrices };
 const void* collective(Collective kind, unsigned mask, const void* in, size_t bytes,
                        const Where& where);
 
-// A chance for others, wherever a kernel may be waiting for them; and that something has happened
-// for which they may have been waiting.
-void pass();
-void progress();
+// A chance for others: where a kernel may be waiting for them, and where it has done what they may
+// be waiting for.
+void pass(bool waiting);
 
 unsigned char* cluster_shared(void* p, int rank, const Where& where);
 
@@ -310,18 +311,18 @@ using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 template <class T>
 FUSED_RNN_INLINE T load(const T* p, int order) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  pass();
+  pass(true);
   return __builtin_bit_cast(T, __atomic_load_n(reinterpret_cast<const Bits<T>*>(p), order));
 }
 template <class T>
 FUSED_RNN_INLINE void store(T* p, T v, int order) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   __atomic_store_n(reinterpret_cast<Bits<T>*>(p), __builtin_bit_cast(Bits<T>, v), order);
-  progress();
+  pass(false);
 }
 FUSED_RNN_INLINE uint32_t add(uint32_t* p, uint32_t v, int order) {
   const uint32_t before = __atomic_fetch_add(p, v, order);
-  progress();
+  pass(false);
   return before;
 }
 
