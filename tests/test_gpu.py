@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,8 +64,14 @@ def on_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, *BEYOND])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *itertools.product(KINDS, (torch.float32, torch.bfloat16, torch.float16)),
+        *((kind, torch.float32) for kind in BEYOND),
+    ],
+    ids=str,
+)
 def test_accuracy_at_real_sizes(kind: str, dtype: torch.dtype) -> None:
     judge_on_gpu(kind, 256, 512, dtype=dtype, T=64, B=32)
 

@@ -132,6 +132,8 @@ def measure(
     that a change of the machine's mood meets both. Training is a forward and a backward call with
     gradients of the input and of every weight. Raises `DisagreementError` where results differ.
     """
+    # cuDNN has a switch of its own, and another default: with both alike the same is computed.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     theirs, arguments = work.make(nn, shape, mode, dtype, device)
     ours, _ = work.make(library, shape, mode, dtype, device)
     expected = work.evaluate(theirs, arguments)
