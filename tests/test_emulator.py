@@ -23,7 +23,9 @@ BUILDS = {
     ],
     "tsan": "-O1 -g1 -fsanitize=thread".split(),
 }
-PROGRAMS = ["planted", "conformance"]
+EMU = ROOT / "tests" / "emu"
+# program -> its builds; test_stepwise.py runs the schedule in the plain one.
+PROGRAMS = {"planted": list(BUILDS), "conformance": list(BUILDS), "run_stepwise": ["asan", "tsan"]}
 # The first report is enough. Who is stopped by a failure does not tidy up.
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
 
@@ -43,19 +45,35 @@ def has(build: str) -> bool:
 def programs() -> Programs:
     """(program, build) -> file, of the builds that the compiler can do."""
     headers()  # or skip, before there are threads
+    flags = BUILDS | {"uninstrumented": ["-O2", "-g1"]}
+    builds = [build for build in BUILDS if has(build)]
+    keys = [(name, build) for build in builds for name in PROGRAMS if build in PROGRAMS[name]]
     # The emulator itself is never instrumented: see emulator.cpp.
-    runtime = emulated("emulator.cpp", "-O2", "-g1")
+    parts = {key: [(EMU / "emulator.cpp", "uninstrumented")] for key in keys}
+    for name, build in keys:
+        parts[name, build].append((EMU / f"{name}.cu", build))
+        if name == "run_stepwise":
+            # Compilers of sanitizers are slow, and types that are not run need none.
+            parts[name, build] += [
+                (file, "uninstrumented" if file.stem == "cells_double" else build)
+                for file in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            ]
+    wanted = sorted({part for of_program in parts.values() for part in of_program})
 
-    def program(name: str, build: str) -> Path:
-        flags = BUILDS[build]
-        object_file, _ = made(f"{name}-{build}.o", *emulated(f"{name}.cu", *flags))
-        return made(f"{name}-{build}", *CXX, *flags, library.result()[0], object_file)[0]
+    def compiled(part: tuple[Path, str]) -> Path:
+        source, build = part
+        return made(
+            f"{source.parent.name}-{source.stem}-{build}.o", *emulated(source, *flags[build])
+        )[0]
 
-    keys = [(name, build) for build in BUILDS if has(build) for name in PROGRAMS]
-    with ThreadPoolExecutor(3) as pool:  # one waits for the emulator
-        library = pool.submit(made, "emulator.o", *runtime)
-        files = [pool.submit(program, *key) for key in keys]
-        return {key: file.result() for key, file in zip(keys, files, strict=True)}
+    def linked(key: tuple[str, str]) -> Path:
+        name, build = key
+        files = [objects[part] for part in parts[key]]
+        return made(f"{name}-{build}", *CXX, *flags[build], *files)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = dict(zip(wanted, pool.map(compiled, wanted), strict=True))
+        return dict(zip(keys, pool.map(linked, keys), strict=True))
 
 
 def execute(programs: Programs, name: str, build: str, *arguments: str, **environment: str) -> str:
@@ -89,7 +107,7 @@ def test_emulator_agrees_with_host(programs: Programs, build: str, order: str) -
 
 
 def test_reports_name_the_place(programs: Programs) -> None:
-    source = (ROOT / "tests" / "emu" / "planted.cu").read_text().splitlines()
+    source = (EMU / "planted.cu").read_text().splitlines()
     divergent = execute(programs, "planted", "plain", "wrong", "divergent_sync_block")
     kernel = next(i for i, line in enumerate(source) if "void divergent_sync_block" in line)
     lines = [i + 1 for i in range(kernel, kernel + 12) if "sync_block();" in source[i]]
@@ -102,11 +120,16 @@ def test_reports_name_the_place(programs: Programs) -> None:
     assert "64 have returned" in returned
 
 
+@pytest.mark.parametrize("build", PROGRAMS["run_stepwise"])
+def test_sanitizers_find_nothing_in_the_schedule(programs: Programs, build: str) -> None:
+    print(execute(programs, "run_stepwise", build))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("arguments", [["planted", "right"], ["conformance"]], ids=str)
 def test_gpu_agrees_with_host(arguments: list[str]) -> None:
     if not has_gpu():
         pytest.skip("needs an NVIDIA GPU")
     name, *rest = arguments
-    program = native(f"{name}-gpu", [ROOT / "tests" / "emu" / f"{name}.cu"])
+    program = native(f"{name}-gpu", [EMU / f"{name}.cu"])
     print(run(program, *rest))

@@ -67,11 +67,10 @@ def made(target: str, *command: str | Path) -> tuple[Path, str]:
     return file, words.read_text()
 
 
-def emulated(program: str, *flags: str) -> list[str | Path]:
-    """The command that compiles a program of tests/emu for the emulator."""
+def emulated(source: Path, *flags: str) -> list[str | Path]:
+    """The command that compiles a file of csrc/cuda or tests/emu for the emulator."""
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emu'}", "-isystem", headers()]
     strict = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-DFUSED_RNN_EMULATE"]
-    source = ROOT / "tests" / "emu" / program
     return [*CXX, *strict, *flags, *include, "-x", "c++", "-c", source]
 
 
