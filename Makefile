@@ -16,6 +16,10 @@ PYTEST := $(VENV)/bin/pytest
 SANITIZED := build/sanitized
 LIBRARY := import sys; del sys.path[0]; import fused_rnn._C as c; print("testing", c.__file__)
 export FUSED_RNN_STRICT := 1
+# Where nvcc is found. One architecture, and what any later GPU compiles at first use.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
+# Executes the CUDA kernels on the host.
+export FUSED_RNN_EMULATOR := 1
 
 .PHONY: help test native isa sanitize lint bench build clean
 
@@ -57,7 +61,7 @@ sanitize: $(VENV)/.installed
 lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/mypy
 	$(PY) tools/check_includes.py
 	$(PY) tools/check_symbols.py build/*-release

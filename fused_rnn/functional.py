@@ -165,19 +165,20 @@ def rnn(
         return _torch(_Call(*call), dropout, training)
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError(_NO_STEPS)
-    autocast = torch.is_autocast_enabled("cpu")
+    device = "cuda" if input.is_cuda else "cpu"
+    autocast = torch.is_autocast_enabled(device)
     if route == "fused" and not (autocast or drops or return_all_states or recompute):
         return _fused(*call)
     named = _Call(*call)
     if autocast:
         # As torch: the products are autocast, and rnn, which is little else; of the others what
-        # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection).
-        low = torch.get_autocast_dtype("cpu")
+        # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection). On CUDA all.
+        low = torch.get_autocast_dtype(device)
         bfloat16 = low == torch.bfloat16 and _ONEDNN_BFLOAT16
         onednn = cell == "lstm" and batch_sizes is None and bfloat16
         scans = num_layers * (2 if bidirectional else 1)
         projected = reference.split_weights(cell, weights, scans)[0].hr is not None
-        whole = cell.startswith("rnn") or onednn or projected
+        whole = input.is_cuda or cell.startswith("rnn") or onednn or projected
         named = _autocast(named, low if whole else None)
     run: Callable[[_Call], Result] = onnx.layer if route == "onnx" else _reference
     if route == "fused":
@@ -217,14 +218,16 @@ def step(
             after: tuple[Tensor, Tensor] = run(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
             return after
         return run(input, hx[0], weight_ih, weight_hh, bias_ih, bias_hh), None
-    autocast = torch.is_autocast_enabled("cpu")
+    device = "cuda" if input.is_cuda else "cpu"
+    autocast = torch.is_autocast_enabled(device)
     if route == "fused" and not autocast:
         output, _, c_n, _ = _fused(*call)
         return output, c_n
     named = _Call(*call)
     if autocast:
-        low = torch.get_autocast_dtype("cpu")
-        named = _autocast(named, low if cell.startswith("rnn") else None)
+        low = torch.get_autocast_dtype(device)
+        whole = input.is_cuda or cell.startswith("rnn")
+        named = _autocast(named, low if whole else None)
     output, _, c_n, _ = _fused(*named) if route == "fused" else _reference(named)
     return output, c_n
 
@@ -430,11 +433,13 @@ def _route(
     if c0 is not None:
         tensors.append(c0)
     route, reason = _choose(tensors, compiling)
+    if route == "fused" and input.is_cuda and reference.CELLS[cell].norm_gates:
+        route, reason = "reference", "layer normalisation has no kernels for cuda"
     if route == "torch" and (len(options) > 3 or not hasattr(_VF, cell)):
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
-        if route == "fused":
+        if route == "fused" and input.is_cpu:
             _log_strategy(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
     return route
 
@@ -493,8 +498,9 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
             return "torch", "torch.jit.trace is recording"
         if has_torch_function(tensors) and any(map(_overrides_torch_function, tensors)):
             return "torch", "a tensor subclass overrides __torch_function__"
+    on_cuda = tensors[0].is_cuda
     for tensor in tensors:
-        if not tensor.is_cpu:
+        if not (tensor.is_cuda if on_cuda else tensor.is_cpu):
             return "torch", f"there are no kernels for {tensor.device.type}"
     if tensors[0].dtype not in FUSED_DTYPES:
         return "torch", f"there are no kernels for {tensors[0].dtype}"
@@ -502,6 +508,11 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
         return "torch", "there are no kernels for layers without features or without units"
     if not ops.available:
         return "torch", str(ops.unavailable_reason)
+    if on_cuda:
+        if not ops.has_cuda:
+            return "torch", f"there are no kernels for cuda: {ops.cuda_off}"
+        if not compiling and (reason := ops.cuda_device_off(tensors[0].device.index)):
+            return "torch", f"there are no kernels for cuda: {reason}"
     return "fused", ""
 
 
@@ -523,7 +534,8 @@ def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
     """Everything in `dtype`; if None in that of the states, or of the input if they are None."""
     states = [state for state in (call.h0, call.c0) if state is not None]
     tensors = (call.input, *states, *call.weights)
-    if not call.input.is_cpu or any(t.dtype not in _AUTOCAST_DTYPES for t in tensors):
+    known = call.input.is_cpu or call.input.is_cuda
+    if not known or any(t.dtype not in _AUTOCAST_DTYPES for t in tensors):
         return call
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, [t.dtype for t in states or [call.input]])

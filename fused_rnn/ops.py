@@ -6,6 +6,7 @@ and `frozen`; docs/design.md has their arguments. When they are called is decide
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -40,6 +41,31 @@ except ImportError as error:
         RuntimeWarning,
         stacklevel=2,
     )
+
+# The architectures of GPUs that there are kernels for, and if there are none, why.
+cuda_architectures, cuda_off = "", str(unavailable_reason)
+if available:
+    cuda_architectures, cuda_off = _C.cuda()
+    if cuda_architectures and torch.version.cuda is None:
+        cuda_off = f"this torch ({torch.__version__}) is built without CUDA"
+    elif cuda_architectures and os.environ.get("FUSED_RNN_CUDA_KERNELS") != "1":
+        # TODO: take this out when `pytest -m gpu` has passed on a GPU.
+        cuda_off = "they have not run on a GPU yet, only on the emulator: FUSED_RNN_CUDA_KERNELS=1"
+has_cuda = not cuda_off
+
+
+@functools.cache
+def cuda_device_off(index: int) -> str:
+    """Why there are no kernels for that GPU, or nothing."""
+    gpu = torch.cuda.get_device_capability(index)
+    for name in cuda_architectures.split():
+        base = name.removesuffix("+PTX")
+        built = tuple(map(int, base.rstrip("af").split(".")))
+        later_minor = base[-1].isdigit() and built[0] == gpu[0]
+        if built == gpu or (built < gpu and (later_minor or base != name)):
+            return ""
+    return f"the library is built for {cuda_architectures}, and this GPU is {gpu[0]}.{gpu[1]}"
+
 
 # Called directly where no gradient is needed.
 inference: Callable[..., tuple[Tensor, Tensor, Tensor]]

@@ -1,10 +1,27 @@
-"""Fresh interpreters for what cannot be tried in this one."""
+"""Other programs, and fresh interpreters for what cannot be tried in this one."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """Run a program and return its output; a failure shows it."""
+    # A sanitizer preloaded for the library is not for compilers.
+    inherited = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=inherited | environment,
+    )
+    assert done.returncode == 0, f"{shlex.join(done.args)}\n{done.stdout}"
+    return done.stdout
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

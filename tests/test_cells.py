@@ -6,14 +6,13 @@ import os
 import re
 import runpy
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from judge import Tensors, judge, pool
+from processes import run
 
 from fused_rnn import _C, reference
 
@@ -36,21 +35,6 @@ each_function = pytest.mark.parametrize("name", MAX_ULP)
 each_count = pytest.mark.parametrize("count", [1, 7, 64, 203])
 
 
-def run(*command: str | Path) -> str:
-    """Run a program and return its output; a failure shows it."""
-    # A sanitizer preloaded for the library is not for compilers.
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, f"{shlex.join(done.args)}\n{done.stdout}"
-    return done.stdout
-
-
 # With a bare compiler
 
 
@@ -66,19 +50,6 @@ def test_program(program: str, isa: str, tmp_path: Path) -> None:
     include = f"-I{ROOT / 'csrc'}"
     run(*compiler, *FLAGS, *ISA_FLAGS[isa], include, CSRC / f"{program}.cpp", "-o", binary)
     print(run(binary))
-
-
-def test_cells_are_device_code(tmp_path: Path) -> None:
-    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc", path=f"{cuda}/bin") or shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc")
-    strict = [
-        *("-Werror", "all-warnings"),
-        *("-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage,-Werror"),
-    ]
-    flags = ["-std=c++20", "-arch=sm_90", f"-I{ROOT / 'csrc'}", *strict]
-    run(nvcc, *flags, "-c", CSRC / "compile_cells.cu", "-o", tmp_path / "cells.o")
 
 
 def test_constants_are_those_of_the_script() -> None:

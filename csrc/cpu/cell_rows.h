@@ -2,7 +2,7 @@
 // are compiled once for each storage type and not for each cell.
 #pragma once
 
-#include "../cells/cell.h"
+#include "../cells/registry.h"
 #include "../core/problem.h"
 #include "simd.h"
 
@@ -282,13 +282,6 @@ void saved_operand(const BackwardRow<A>& at, int64_t u, A* operand) {
   Vector<A> saved[Cell::kSaved + 1], prev[Cell::kStates];
   load_before<Cell>(at, u, saved, prev);
   store(operand, Cell::saved_operand(saved, prev));
-}
-
-template <class Cell>
-constexpr CellInfo info_of() {
-  return {Cell::kName,      Cell::kGates,        Cell::kStates,    Cell::kSaved,
-          Cell::kDiagonals, Cell::kFirstGates,   Cell::kRecurrent, Cell::kSumsGates,
-          Cell::kNormGates, Cell::kNormedOperand};
 }
 
 template <class Cell, class S>

@@ -1,6 +1,7 @@
 // What the forward and the backward scan share: memory, members of a team, rows of sequences.
 #pragma once
 
+#include "../core/arena.h"
 #include "cell_rows.h"
 #include "norm.h"
 #include "pack.h"
@@ -8,24 +9,6 @@
 #include "team.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
-
-// Hands out pieces of one block, null for nothing. Laid out once without memory to learn the size,
-// then for real.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* p = base_ && count ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 // One thread's share of a direction, for one block of sequences.
 struct Member {

@@ -72,18 +72,24 @@ def jobs(shapes: Sequence[Shape], modes: Sequence[str], against: Sequence[str]) 
 
 
 def measure_all(
-    jobs: Sequence[Job], threads: Sequence[int], dtype: str, budget: float
+    jobs: Sequence[Job], threads: Sequence[int], dtype: str, budget: float, device: str = "cpu"
 ) -> Iterator[Result | DisagreementError]:
     """Measures every job with each number of threads, in the order of `jobs`."""
     for count in threads:
-        # Now, while no other process of ours is there. Its rates are those of float32.
-        known = ops.available and dtype == "float32"
-        roofs = {job: roof.bound_ms(*job[:2], count) for job in jobs if known}
+        # Now, while no other process of ours is there. On the CPU its rates are those of float32.
+        known = ops.available and (dtype == "float32" or device == "cuda")
+        roofs = {}
+        for job in jobs if known else ():
+            shape, mode, _ = job
+            if device == "cuda":
+                roofs[job] = roof.bound_ms_on_gpu(shape, mode, dtype)
+            else:
+                roofs[job] = roof.bound_ms(shape, mode, count)
         for peer, group in groupby(jobs, key=itemgetter(2)):
             mine = list(group)
             pairs = [(shape, mode) for shape, mode, _ in mine]
             if peer == TORCH:
-                outcomes = _in_one_process(pairs, count, dtype, budget)
+                outcomes = _in_one_process(pairs, count, dtype, budget, device)
             else:
                 outcomes = _in_two_processes(peer, pairs, count, dtype, budget)
             for job, outcome in zip(mine, outcomes, strict=True):
@@ -93,32 +99,43 @@ def measure_all(
 
 
 def _in_one_process(
-    pairs: Sequence[tuple[Shape, str]], threads: int, dtype: str, budget: float
+    pairs: Sequence[tuple[Shape, str]], threads: int, dtype: str, budget: float, device: str
 ) -> Iterator[Result | DisagreementError]:
     """Against torch.nn: its kernels and ours run on the one thread pool of torch."""
     with sides.process(threads) as worker:
         for shape, mode in pairs:
             with sides.named(f"{shape.label}, {mode}"):
-                outcome = worker.submit(_outcome, shape, mode, dtype, budget).result()
+                outcome = worker.submit(_outcome, shape, mode, dtype, budget, device).result()
             yield outcome
 
 
-def _outcome(shape: Shape, mode: str, dtype: str, budget: float) -> Result | DisagreementError:
+def _outcome(
+    shape: Shape, mode: str, dtype: str, budget: float, device: str
+) -> Result | DisagreementError:
     try:
-        return measure(shape, mode, dtype, budget)
+        return measure(shape, mode, dtype, budget, device=device)
     except DisagreementError as error:
         return error
 
 
-def measure(shape: Shape, mode: str, dtype: str, budget: float, library: Any = fused_rnn) -> Result:
+def measure(
+    shape: Shape,
+    mode: str,
+    dtype: str,
+    budget: float,
+    library: Any = fused_rnn,
+    device: str = "cpu",
+) -> Result:
     """Times `library`'s layer against torch.nn's for about `budget` seconds.
 
     Both sides run in this process, call by call in turn, on one input and the same weights, so
     that a change of the machine's mood meets both. Training is a forward and a backward call with
     gradients of the input and of every weight. Raises `DisagreementError` where results differ.
     """
-    theirs, arguments = work.make(nn, shape, mode, dtype)
-    ours, _ = work.make(library, shape, mode, dtype)
+    # cuDNN has a switch of its own, and another default: with both alike the same is computed.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    theirs, arguments = work.make(nn, shape, mode, dtype, device)
+    ours, _ = work.make(library, shape, mode, dtype, device)
     expected = work.evaluate(theirs, arguments)
     differences = _agree(work.evaluate(ours, arguments), expected, shape, mode, dtype, TORCH)
     del expected
