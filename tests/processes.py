@@ -24,7 +24,7 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def interpreter(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python arguments` with the import path of this process."""
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
@@ -39,11 +39,11 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`torchrun` with two processes on this machine."""
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    return run(*launch, script, *arguments, OMP_NUM_THREADS="1")
+    return interpreter(*launch, script, *arguments, OMP_NUM_THREADS="1")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run("-c", code, **environment)
+    return interpreter("-c", code, **environment)
 
 
 def output_of(code: str, **environment: str) -> str:
