@@ -371,6 +371,11 @@ def _check_masks(
             raise RuntimeError(f"lengths must have shape [B] = ({B},), got {tuple(lengths.shape)}")
         if lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        if not torch.compiler.is_compiling() and ops.is_batched(lengths):
+            raise RuntimeError(
+                "lengths decide how many steps are executed, so torch.vmap cannot map over them: "
+                "map over the other arguments, or call the layer for one batch after the other"
+            )
         lengths = lengths.to("cpu", torch.int64)
     if reset is not None:
         if reset.shape != input.shape[:-1]:

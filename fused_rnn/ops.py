@@ -83,6 +83,10 @@ _backward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
+# vmap maps over this tensor.
+is_batched: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_batchedtensor", lambda tensor: False
+)
 _is_key_included: Callable[[Any], bool] = getattr(
     torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False
 )

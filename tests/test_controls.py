@@ -486,6 +486,13 @@ def test_vmap_over_inputs_and_masks(kind: str) -> None:
     torch.testing.assert_close(found, torch.stack(alone))
 
 
+def test_lengths_are_not_mapped_over() -> None:
+    layer, inputs = fused_rnn.GRU(2, 4), torch.randn(2, 4, 3, 2)
+    lengths = torch.tensor([[1, 4, 2], [3, 0, 4]])
+    with pytest.raises(RuntimeError, match=r"torch\.vmap cannot map over them: map"):
+        torch.vmap(lambda x, n: layer(x, lengths=n)[0])(inputs, lengths)
+
+
 @every_kind
 @each_control
 def test_gradients_per_sample(kind: str, control: str) -> None:
