@@ -53,7 +53,7 @@ isa: build
 # Leaks are not looked for: the interpreter keeps much until the end. A report goes to the process's
 # own stderr, which pytest would otherwise capture and lose with the process.
 sanitize: $(VENV)/.installed
-	FUSED_RNN_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
+	FUSED_RNN_SANITIZE=1 FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --build-lib $(SANITIZED)
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	$(PY) -c '$(LIBRARY)' | grep $(SANITIZED) && $(PYTEST) --capture=sys -m "not slow" $(FLOORS)

@@ -58,6 +58,8 @@ def backend(
             monkeypatch.setattr(ops, f"{own}{op}_controlled", packet.controlled)
     elif not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+    elif not ops.has_cuda:
+        pytest.skip(f"there are no CUDA kernels: {ops.cuda_off}")
     scans.ops.backend = scans.BACKENDS[name]
     yield scans.ops.backend
     scans.ops.backend = scans.BACKENDS["cpu"]

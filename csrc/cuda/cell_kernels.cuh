@@ -172,11 +172,14 @@ FUSED_RNN_DEVICE void with_type(DType type, const void* data, Body body) {
 // Warps of a block: forward they have units of their own, backward parts of one long sum.
 constexpr int kForwardWarps = kThreads / dev::kWarp;
 constexpr int kBackwardWarps = 16;
+constexpr int kForwardThreads = kForwardWarps * dev::kWarp;
+constexpr int kBackwardThreads = kBackwardWarps * dev::kWarp;
 
 // With the product, for few rows: one warp, one unit of all rows. The lanes share the sum, and
 // then the rows.
 template <class Cell, class A>
-FUSED_RNN_KERNEL void fused_forward_step(ForwardStep<A> s) {
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kForwardThreads,
+                                         4) void fused_forward_step(ForwardStep<A> s) {
   constexpr int G = Cell::kGates;
   const int lane = dev::lane_index();
   for (int64_t u = int64_t(dev::block_index().x) * kForwardWarps + dev::warp_index(); u < s.H;
@@ -224,7 +227,8 @@ FUSED_RNN_KERNEL void backward_step(BackwardStep<A> s) {
 // With the product that leads to it, for few rows: one block, as many units of all rows as a warp
 // has lanes. The warps share the sums, and then the rows.
 template <class Cell, class A>
-FUSED_RNN_KERNEL void fused_backward_step(BackwardStep<A> s) {
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kBackwardThreads,
+                                         1) void fused_backward_step(BackwardStep<A> s) {
   const int lane = dev::lane_index(), warp = dev::warp_index();
   const int64_t rows = s.rows < s.incoming.first ? s.rows : s.incoming.first;
   const int64_t K = Cell::kGates * s.H;
