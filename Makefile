@@ -16,6 +16,10 @@ PYTEST := $(VENV)/bin/pytest
 SANITIZED := build/sanitized
 LIBRARY := import sys; del sys.path[0]; import fused_rnn._C as c; print("testing", c.__file__)
 export FUSED_RNN_STRICT := 1
+# Where nvcc is found. One architecture, and what any later GPU compiles at first use.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
+# Executes the CUDA kernels on the host.
+export FUSED_RNN_EMULATOR := 1
 
 .PHONY: help test native isa sanitize lint bench build clean
 
@@ -49,7 +53,7 @@ isa: build
 # Leaks are not looked for: the interpreter keeps much until the end. A report goes to the process's
 # own stderr, which pytest would otherwise capture and lose with the process.
 sanitize: $(VENV)/.installed
-	FUSED_RNN_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)
+	FUSED_RNN_SANITIZE=1 FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --build-lib $(SANITIZED)
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	$(PY) -c '$(LIBRARY)' | grep $(SANITIZED) && $(PYTEST) --capture=sys -m "not slow" $(FLOORS)
@@ -57,7 +61,7 @@ sanitize: $(VENV)/.installed
 lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/mypy
 	$(PY) tools/check_includes.py
 	$(PY) tools/check_symbols.py build/*-release

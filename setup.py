@@ -3,6 +3,12 @@
 Environment:
     CXX, CXXFLAGS, LDFLAGS   compiler (may carry a launcher: "ccache g++") and extra flags
     MAX_JOBS                 parallel compiler processes
+    FUSED_RNN_CUDA           0: without CUDA kernels; 1: fail where nvcc is missing; otherwise they
+                             are built where it is found
+    CUDA_HOME                where CUDA is (bin/nvcc), if nvcc is not on PATH
+    TORCH_CUDA_ARCH_LIST     architectures, as torch's own extensions take them: "8.0;9.0a+PTX"
+    NVCCFLAGS                extra flags of nvcc
+    FUSED_RNN_EMULATOR=1     build the library that executes the CUDA kernels on the host, for tests
     FUSED_RNN_SANITIZE=1     AddressSanitizer and UndefinedBehaviorSanitizer
     FUSED_RNN_STRICT=1       fail when the library cannot be built, instead of installing without it
 """
@@ -11,12 +17,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -27,6 +35,7 @@ ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("FUSED_RNN_SANITIZE") == "1"
 STRICT = os.environ.get("FUSED_RNN_STRICT") == "1"
+EMULATOR = os.environ.get("FUSED_RNN_EMULATOR") == "1"
 
 # The stable ABI of torch 2.11: the library loads with every later torch, whichever built it.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -43,11 +52,17 @@ ISA_FLAGS = {
     "kernels_avx2.cpp": AVX2,
 }
 
+# Every generation since Ampere, as far as the compiler knows it. Kernels for 9.0a run on nothing
+# else, so the last one is there as PTX as well.
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden".split()
+
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math "
     "-ffp-contract=fast -Wall -Wextra -Wno-psabi"
 ).split()
 LD_FLAGS = ["-shared", "-pthread"]
+SANITIZERS: list[str] = []
 if SANITIZE:
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     CXX_FLAGS += [*SANITIZERS, "-fno-omit-frame-pointer", "-g", "-O1"]
@@ -55,7 +70,8 @@ if SANITIZE:
 
 
 def sources() -> list[str]:
-    files = [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/bindings/*.cpp")]
+    patterns = ("csrc/cpu/*.cpp", "csrc/bindings/*.cpp", "csrc/cuda/*.cu")
+    files = [file for pattern in patterns for file in ROOT.glob(pattern)]
     wanted = [f for f in files if X86 or f.name not in ISA_FLAGS]
     return sorted(f.relative_to(ROOT).as_posix() for f in wanted)
 
@@ -86,7 +102,73 @@ def find_ninja() -> str:
         return program
 
 
-def bindings_flags() -> list[str]:
+class Cuda(NamedTuple):
+    """A CUDA toolkit; without nvcc where there is none, or it is not wanted, and why."""
+
+    nvcc: str = ""
+    root: Path = Path()
+    flags: tuple[str, ...] = ()
+    architectures: str = ""
+    off: str = ""
+
+
+def find_cuda(compiler: list[str]) -> Cuda:
+    wanted = os.environ.get("FUSED_RNN_CUDA", "")
+    off = "built with FUSED_RNN_CUDA=0" if wanted == "0" else ""
+    if SANITIZE:
+        off = "built with FUSED_RNN_SANITIZE=1"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+    if nvcc is None and Path("/usr/local/cuda/bin/nvcc").exists():
+        nvcc = "/usr/local/cuda/bin/nvcc"
+    try:
+        if nvcc is None:
+            raise CompileError("it is not on PATH, and CUDA_HOME is not set")
+        # nvcc on PATH may be a script, so it is asked where it stands.
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        plan = subprocess.run(command, capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+        if plan.returncode != 0 or top is None:
+            raise CompileError(f"{nvcc} does not run:\n{plan.stderr}")
+        root = Path(top[1]).resolve()
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        names, flags = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), known.split())
+    except (OSError, CompileError) as error:
+        if wanted == "1":
+            raise CompileError(f"FUSED_RNN_CUDA=1, but {error}") from error
+        return Cuda(off=off or f"built without nvcc: {error}")
+    if off:
+        return Cuda(root=root, off=off)  # the emulator reads CUDA's headers
+    own = [*NVCC_FLAGS, "-ccbin", compiler[-1], *flags]
+    own += shlex.split(os.environ.get("NVCCFLAGS", ""))
+    return Cuda(nvcc, root, tuple(own), names)
+
+
+def gencode(wanted: str, known: list[str]) -> tuple[str, list[str]]:
+    """The architectures, and nvcc's flags for them."""
+
+    def number(architecture: str) -> str:
+        return architecture.replace(".", "")
+
+    names = wanted.replace(";", " ").replace(",", " ").split()
+    if not names:
+        # compute_90 stands for 90a, which nvcc knows and does not list.
+        listed = [a for a in CUDA_ARCHITECTURES if f"compute_{number(a).rstrip('a')}" in known]
+        names = [*listed[:-1], f"{listed[-1]}+PTX"]
+    flags = []
+    for name in names:
+        base = name.removesuffix("+PTX")
+        if not re.fullmatch(r"\d+\.\d[af]?", base):
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST has {name!r}: write 8.0, 9.0a or 9.0+PTX")
+        codes = [f"sm_{number(base)}", *([f"compute_{number(base)}"] if base != name else [])]
+        flags += [
+            "-gencode",
+            f"arch=compute_{number(base)},code=[{','.join(codes)}]",
+        ]
+    return " ".join(names), flags
+
+
+def bindings_flags(cuda: Cuda) -> list[str]:
     """Flags of csrc/bindings, the only folder that sees torch, Python and pybind11."""
     import pybind11
     import torch
@@ -102,6 +184,9 @@ def bindings_flags() -> list[str]:
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DFUSED_RNN_CXX_FLAGS="{shlex.join(CXX_FLAGS)}"',
         f'-DFUSED_RNN_TORCH_VERSION="{torch.__version__}"',
+        *(["-DFUSED_RNN_CUDA"] if cuda.nvcc else []),
+        f'-DFUSED_RNN_CUDA_ARCHITECTURES="{cuda.architectures}"',
+        f'-DFUSED_RNN_CUDA_OFF="{ninja_string(cuda.off)}"',
     ]
 
 
@@ -111,6 +196,11 @@ def torch_libraries() -> list[str]:
     from torch.utils.cpp_extension import library_paths
 
     return [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+
+
+def ninja_string(text: str) -> str:
+    """Text that may stand in a string of C++ on a command line."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace('"', "'")
 
 
 def ninja_path(path: str | Path) -> str:
@@ -161,9 +251,9 @@ class NinjaBuild(build_ext):
     def ninja_file(self, ext: Extension, compiler: list[str], folder: Path, target: Path) -> str:
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         common = [*extra, *CXX_FLAGS, f"-I{ROOT / 'csrc'}", *(["-DFUSED_RNN_X86"] if X86 else [])]
-        flags = {"cpu": [], "bindings": bindings_flags()}
-        # One rule per language; a source's suffix picks its rule.
-        rules = {".cpp": "cxx"}
+        cuda = find_cuda(compiler)
+        flags = {"cpu": common, "bindings": [*common, *bindings_flags(cuda)]}
+        flags["cuda"] = [f"-I{ROOT / 'csrc'}", *cuda.flags]
         lines = [
             "ninja_required_version = 1.5",
             "rule cxx",
@@ -171,24 +261,56 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = c++ $in",
+            "rule nvcc",
+            f"  command = {ninja_command([cuda.nvcc])} $flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $in",
             "rule link",
             f"  command = {ninja_command(compiler)} $in -o $out $flags",
             "  description = link $out",
         ]
-        objects = []
+        # One rule per language; a source's suffix picks its rule.
+        rules = {".cpp": "cxx", ".cu": "nvcc"}
+
+        def compile_to(target: Path, source: Path, rule: str, own: list[str]) -> str:
+            lines.append(f"build {ninja_path(target)}: {rule} {ninja_path(ROOT / source)}")
+            lines.append(f"  flags = {ninja_command(own)}")
+            return ninja_path(target)
+
+        def link_to(target: Path, objects: list[str], *own: str) -> None:
+            all_flags = [*shlex.split(os.environ.get("LDFLAGS", "")), *LD_FLAGS]
+            all_flags += [*torch_libraries(), *own]
+            lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
+            lines.append(f"  flags = {ninja_command(all_flags)}")
+            lines.append(f"default {ninja_path(target)}")
+
+        objects = {}
         for source in map(Path, ext.sources):
-            own = [*common, *flags[source.parent.name], *ISA_FLAGS.get(source.name, [])]
-            objects.append(ninja_path(source.with_suffix(".o")))
-            lines += [
-                f"build {objects[-1]}: {rules[source.suffix]} {ninja_path(ROOT / source)}",
-                f"  flags = {ninja_command(own)}",
-            ]
-        link = [*shlex.split(os.environ.get("LDFLAGS", "")), *LD_FLAGS, *torch_libraries()]
-        lines += [
-            f"build {ninja_path(target)}: link {' '.join(objects)}",
-            f"  flags = {ninja_command(link)}",
-            f"default {ninja_path(target)}",
-        ]
+            if source.suffix == ".cu" and not cuda.nvcc:
+                continue
+            own = [*flags[source.parent.name], *ISA_FLAGS.get(source.name, [])]
+            name = source.with_suffix(".o")
+            objects[source] = compile_to(name, source, rules[source.suffix], own)
+        # Static, because torch may have another version of it loaded, or none.
+        runtime = [f"-L{cuda.root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
+        link_to(target, list(objects.values()), *(runtime if cuda.nvcc else []))
+
+        if EMULATOR and cuda.root != Path():
+            # Kernels and bindings once more; the rest is the same.
+            emulated = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/bindings/*.cpp")]
+            emulated = [file.relative_to(ROOT) for file in emulated if file.name != "module.cpp"]
+            emulated.append(Path("tests/emu/emulator.cpp"))
+            define = ["-DFUSED_RNN_CUDA", "-DFUSED_RNN_EMULATE"]
+            own = [*flags["bindings"], *define, f"-I{ROOT / 'tests' / 'emu'}"]
+            own += ["-isystem", str(cuda.root / "include")]
+            parts = [obj for source, obj in objects.items() if source.parent.name == "cpu"]
+            for source in sorted(emulated):
+                name = Path("emulator", source).with_suffix(".o")
+                if source.name == "emulator.cpp":  # no part of what is watched
+                    own = [flag for flag in own if flag not in SANITIZERS]
+                parts.append(compile_to(name, source, "cxx", ["-x", "c++", *own]))
+            link_to(Path("libfused_rnn_emu.so"), parts)
         return "\n".join(lines) + "\n"
 
 

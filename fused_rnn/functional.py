@@ -3,6 +3,7 @@
     fused      wherever the library has kernels
     reference  where only plain torch will do: torch.func, forward-mode AD
     torch      everywhere else: other devices and dtypes, tracing, no library
+    onnx       while torch.onnx.export(dynamo=True) records
 
 `logging.getLogger("fused_rnn").setLevel("DEBUG")` tells which one it was, and why, and
 "fused_rnn.strategy" how the threads share a fused call.
@@ -22,7 +23,7 @@ from torch import _VF, Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from . import ops, reference, strategy
+from . import onnx, ops, reference, strategy
 from .reference import Controls
 
 _log = logging.getLogger("fused_rnn")
@@ -113,7 +114,8 @@ def rnn(
         h0: [L*D, B, R], zeros if None; L layers, D directions, R = proj_size or H.
         c0: [L*D, B, H], zeros if None; for cells that have c.
         weights: torch's flat order, `weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]` by
-            layer and direction, and for cells with peepholes `weight_ch` at the end of each.
+            layer and direction, and at the end of each `weight_ch` [P*H] for cells with peepholes,
+            `norm` [P*H] for those with layer normalisation.
         dropout: probability of a zero between layers when `training`; the masks are those of
             `F.dropout` on the time-major output of the layer below.
         lengths: [B], how many steps of a padded batch each sequence has, from 0 to T. Output
@@ -163,24 +165,25 @@ def rnn(
         return _torch(_Call(*call), dropout, training)
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError(_NO_STEPS)
-    autocast = torch.is_autocast_enabled("cpu")
+    device = "cuda" if input.is_cuda else "cpu"
+    autocast = torch.is_autocast_enabled(device)
     if route == "fused" and not (autocast or drops or return_all_states or recompute):
         return _fused(*call)
     named = _Call(*call)
     if autocast:
         # As torch: the products are autocast, and rnn, which is little else; of the others what
-        # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection).
-        low = torch.get_autocast_dtype("cpu")
+        # oneDNN runs (lstm in bfloat16) and what ends in a product (the projection). On CUDA all.
+        low = torch.get_autocast_dtype(device)
         bfloat16 = low == torch.bfloat16 and _ONEDNN_BFLOAT16
         onednn = cell == "lstm" and batch_sizes is None and bfloat16
         scans = num_layers * (2 if bidirectional else 1)
         projected = reference.split_weights(cell, weights, scans)[0].hr is not None
-        whole = cell.startswith("rnn") or onednn or projected
+        whole = input.is_cuda or cell.startswith("rnn") or onednn or projected
         named = _autocast(named, low if whole else None)
-    run: Callable[[_Call], Result] = _reference
+    run: Callable[[_Call], Result] = onnx.layer if route == "onnx" else _reference
     if route == "fused":
         run = _recomputed if recompute and torch.is_grad_enabled() else _fused_named
-    whole_layers = recompute and (bidirectional or batch_sizes is not None)
+    whole_layers = route == "onnx" or (recompute and (bidirectional or batch_sizes is not None))
     if return_all_states or whole_layers or (drops and (route == "fused" or variational)):
         return _layer_by_layer(
             named, run, dropout if drops else 0.0, variational, return_all_states
@@ -197,13 +200,14 @@ def step(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-    weight_ch: Tensor | None = None,
+    unit_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One time step of one layer: the states (h, c) after it, None for c in cells without.
 
-    input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent.
+    input [B, I]; h, c [B, H], zeros if None; weights as in `rnn`, either bias may be absent;
+    unit_weight is `weight_ch` or `norm`.
     """
-    weights = cell_weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_ch)
+    weights = cell_weights(weight_ih, weight_hh, bias_ih, bias_hh, unit_weight)
     call = cell, input, None, h, c, weights, 1, False, False
     route = _route(*call)
     if route == "torch":
@@ -214,14 +218,16 @@ def step(
             after: tuple[Tensor, Tensor] = run(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
             return after
         return run(input, hx[0], weight_ih, weight_hh, bias_ih, bias_hh), None
-    autocast = torch.is_autocast_enabled("cpu")
+    device = "cuda" if input.is_cuda else "cpu"
+    autocast = torch.is_autocast_enabled(device)
     if route == "fused" and not autocast:
         output, _, c_n, _ = _fused(*call)
         return output, c_n
     named = _Call(*call)
     if autocast:
-        low = torch.get_autocast_dtype("cpu")
-        named = _autocast(named, low if cell.startswith("rnn") else None)
+        low = torch.get_autocast_dtype(device)
+        whole = input.is_cuda or cell.startswith("rnn")
+        named = _autocast(named, low if whole else None)
     output, _, c_n, _ = _fused(*named) if route == "fused" else _reference(named)
     return output, c_n
 
@@ -231,7 +237,7 @@ def cell_weights(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-    weight_ch: Tensor | None,
+    unit_weight: Tensor | None,
 ) -> list[Tensor]:
     """A cell's weights as the ops take them."""
     weights = [weight_ih, weight_hh]
@@ -240,8 +246,8 @@ def cell_weights(
     elif bias_ih is not None or bias_hh is not None:
         zeros = weight_ih.new_zeros(weight_ih.shape[0])
         weights += zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh
-    if weight_ch is not None:
-        weights.append(weight_ch)
+    if unit_weight is not None:
+        weights.append(unit_weight)
     return weights
 
 
@@ -304,9 +310,7 @@ def refuse_all_but_inference(*tensors: Tensor | None) -> None:
             "a frozen layer has no gradients, and an argument requires one: call it under "
             "torch.no_grad() or torch.inference_mode(), or use the layer it was made from"
         )
-    if not torch.compiler.is_compiling() and (
-        ops.transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0
-    ):
+    if ops.transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0:
         raise RuntimeError(
             "a frozen layer has no gradients: torch.func and forward-mode AD need the layer that "
             "it was made from"
@@ -367,6 +371,11 @@ def _check_masks(
             raise RuntimeError(f"lengths must have shape [B] = ({B},), got {tuple(lengths.shape)}")
         if lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        if not torch.compiler.is_compiling() and ops.is_batched(lengths):
+            raise RuntimeError(
+                "lengths decide how many steps are executed, so torch.vmap cannot map over them: "
+                "map over the other arguments, or call the layer for one batch after the other"
+            )
         lengths = lengths.to("cpu", torch.int64)
     if reset is not None:
         if reset.shape != input.shape[:-1]:
@@ -400,7 +409,7 @@ def _regularise(
                 mask[:, :, state].bernoulli_(share)
             controls = controls._replace(zoneout_mask=mask.flatten(2))
     if training and regularisers.recurrent_dropout:
-        if not facts.recurrent or facts.operand is not None:
+        if not facts.recurrent or facts.two_products:
             raise ValueError(
                 f"recurrent_dropout is for cells that multiply W_hh by h, {call.cell} does not"
             )
@@ -429,11 +438,13 @@ def _route(
     if c0 is not None:
         tensors.append(c0)
     route, reason = _choose(tensors, compiling)
+    if route == "fused" and input.is_cuda and reference.CELLS[cell].norm_gates:
+        route, reason = "reference", "layer normalisation has no kernels for cuda"
     if route == "torch" and (len(options) > 3 or not hasattr(_VF, cell)):
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
-        if route == "fused":
+        if route == "fused" and input.is_cpu:
             _log_strategy(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
     return route
 
@@ -478,18 +489,24 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
     """The route of a call on [input, weight_ih, ...] and, unless it is "fused", the reason."""
     if ops.transforms_active():
         return "reference", "a torch.func transform is active"
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # in compiled code this is a guard
+        if compiling:
+            raise RuntimeError(
+                "forward-mode AD of a compiled layer: inductor would lose the tangents. Call the "
+                "layer outside of torch.compile, or compile a function that calls torch.func.jvp"
+            )
+        return "reference", "forward-mode AD is active"
     if compiling:
-        if torch.onnx.is_in_onnx_export():
-            return "torch", "ONNX has no such operator"
+        if _onnx_is_recording():
+            return "onnx", "torch.onnx.export is recording"
     else:
-        if getattr(forward_ad, "_current_level", -1) >= 0:
-            return "reference", "forward-mode AD is active"
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "torch", "torch.jit.trace is recording"
         if has_torch_function(tensors) and any(map(_overrides_torch_function, tensors)):
             return "torch", "a tensor subclass overrides __torch_function__"
+    on_cuda = tensors[0].is_cuda
     for tensor in tensors:
-        if not tensor.is_cpu:
+        if not (tensor.is_cuda if on_cuda else tensor.is_cpu):
             return "torch", f"there are no kernels for {tensor.device.type}"
     if tensors[0].dtype not in FUSED_DTYPES:
         return "torch", f"there are no kernels for {tensors[0].dtype}"
@@ -497,7 +514,18 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
         return "torch", "there are no kernels for layers without features or without units"
     if not ops.available:
         return "torch", str(ops.unavailable_reason)
+    if on_cuda:
+        if not ops.has_cuda:
+            return "torch", f"there are no kernels for cuda: {ops.cuda_off}"
+        if not compiling and (reason := ops.cuda_device_off(tensors[0].device.index)):
+            return "torch", f"there are no kernels for cuda: {reason}"
     return "fused", ""
+
+
+# Dynamo takes torch's own function for False.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _onnx_is_recording() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def _overrides_torch_function(tensor: Tensor) -> bool:
@@ -512,7 +540,8 @@ def _autocast(call: _Call, dtype: torch.dtype | None) -> _Call:
     """Everything in `dtype`; if None in that of the states, or of the input if they are None."""
     states = [state for state in (call.h0, call.c0) if state is not None]
     tensors = (call.input, *states, *call.weights)
-    if not call.input.is_cpu or any(t.dtype not in _AUTOCAST_DTYPES for t in tensors):
+    known = call.input.is_cpu or call.input.is_cuda
+    if not known or any(t.dtype not in _AUTOCAST_DTYPES for t in tensors):
         return call
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, [t.dtype for t in states or [call.input]])
@@ -537,18 +566,20 @@ def _fused(
     batch_first: bool,
     controls: Controls | None = None,
     recompute: bool = False,
+    in_graph: bool = False,
 ) -> Result:
+    question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
     has_c = reference.CELLS[cell].states > 1
-    # An exported graph holds nothing but the op: what backward needs would be computed in vain.
-    if (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and (
-            input.requires_grad
-            or any(weight.requires_grad for weight in weights)
-            or (h0 is not None and h0.requires_grad)
-            or (c0 is not None and c0.requires_grad)
-        )
+    if torch.compiler.is_compiling() and not in_graph:
+        # No default is spelled out: the compiler would look at it before every call.
+        asked: Any = controls or ()
+        output, h_n, c_n, all_c = torch.ops.fused_rnn.rnn(*question, *asked, recompute=recompute)
+        return output, h_n, c_n if has_c else None, all_c if asked and asked.all_c else None
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or any(weight.requires_grad for weight in weights)
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
     ):
         output, h_n, *c = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
             *(cell, num_layers, bidirectional, batch_first, controls, recompute),
@@ -556,7 +587,6 @@ def _fused(
         )
         c_n, all_c = (*c, None, None)[:2]
         return output, h_n, c_n, all_c
-    question = cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first
     if controls is None:
         output, h_n, c_n = ops.inference(*question)
         return output, h_n, c_n if has_c else None, None
@@ -564,18 +594,57 @@ def _fused(
     return output, h_n, c_n if has_c else None, all_c if controls.all_c else None
 
 
+def _recorded(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_rnn::rnn` in a graph does: all that a call outside of it would.
+
+    Hence a graph that has not been lowered to the other ops can be trained and differentiated in
+    every way, and one that has been is as fast as they are.
+    """
+    # The dispatcher leaves out what is the default at the end.
+    controls, recompute = Controls(*args[9:17]), any(args[17:])
+    call = _Call(*args[:9])
+    if controls.any:
+        call = call._replace(controls=controls)
+    if _route(*call) != "fused":
+        result = _reference(call)
+    elif recompute:
+        result = _recomputed(call, in_graph=True)
+    else:
+        result = _fused(*call, in_graph=True)
+    nothing = args[1].new_empty(0)
+    output, h_n, c_n, all_c = (nothing if part is None else part for part in result)
+    return output, h_n, c_n, all_c
+
+
+# Composite: a compiler's tracer goes into it, an exporter's keeps it.
+torch.library.define(
+    "fused_rnn::rnn",
+    "(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
+    "int num_layers, bool bidirectional, bool batch_first, Tensor? lengths=None, "
+    "Tensor? reset=None, bool reset_to_initial=False, Tensor? zoneout_mask=None, "
+    "float zoneout_h=0.0, float zoneout_c=0.0, Tensor? h_mask=None, bool all_c=False, "
+    "bool recompute=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)",
+)
+torch.library.impl("fused_rnn::rnn", "CompositeImplicitAutograd", _recorded)
+
+
 def _fused_named(call: _Call) -> Result:
     return _fused(*call)
 
 
-def _recomputed(call: _Call) -> Result:
+def _recomputed(call: _Call, in_graph: bool = False) -> Result:
     """Segment by segment, each of which keeps nothing for backward but what it was given."""
+    if torch.compiler.is_compiling() and not in_graph:
+        return _fused(*call, recompute=True)
     controls = call.controls or Controls()
     time = 1 if call.batch_first else 0
     whole = call.bidirectional or call.batch_sizes is not None or controls.reset_to_initial
-    T = call.input.shape[time]
-    B = call.input.shape[1 - time]
-    size = T if whole else max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
+    sizes: Any = call.input.shape
+    T, B = sizes[time], sizes[1 - time]
+    # Of symbolic sizes one segment: a graph has as many as it was recorded with.
+    if whole or isinstance(T, torch.SymInt) or isinstance(B, torch.SymInt):
+        return _fused(*call, recompute=True, in_graph=in_graph)
+    size = max(math.isqrt(T), _SEGMENT_ROWS // max(B, 1))
     h, c = call.h0, call.c0
     results = []
     first = 0
@@ -587,7 +656,7 @@ def _recomputed(call: _Call) -> Result:
             own = call.controls and controls.narrow(time, first, steps, T)
             segment = call._replace(input=part, h0=h, c0=c, controls=own)
         first += steps
-        result = _fused(*segment, recompute=True)
+        result = _fused(*segment, recompute=True, in_graph=in_graph)
         _, h, c, _ = result
         results.append(result)
     if len(results) == 1:

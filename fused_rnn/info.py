@@ -33,7 +33,6 @@ SHAPES = (
     (64, 8, 256, 1, 2),
     (64, 64, 512, 1, 1),
 )
-CUDA_OFF = "the CUDA backend is not built yet"
 # Twenty times the rounding error of float32: sums are taken in another order than torch's.
 WORST_ERROR = 20 * torch.finfo(torch.float32).eps
 
@@ -134,7 +133,7 @@ def main() -> int:
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
         ("instruction set of torch", torch.backends.cpu.get_cpu_capability()),
         ("ATEN_CPU_CAPABILITY", os.environ.get("ATEN_CPU_CAPABILITY", "not set")),
-        ("CUDA kernels", f"off: {CUDA_OFF}"),
+        ("CUDA kernels", f"off: {ops.cuda_off}" if ops.cuda_off else "on"),
     ]
     _lines("running with", versions)
     if ops.available:
@@ -143,6 +142,7 @@ def main() -> int:
         library = [
             ("instruction sets", ", ".join(_C.compiled_isas())),
             ("chosen", _C.isa()),
+            ("CUDA architectures", ops.cuda_architectures or "none"),
             *_C.build_info().items(),
         ]
         _lines("library, built with", library)

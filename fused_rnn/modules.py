@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,40 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+State = TypeVar("State")
 _KIND_OF_INPUT = {2: "unbatched 2-D", 3: "batched 3-D"}
+
+
+class _LayerCall(Protocol[State]):
+    """What a type checker knows of a call of a layer; nn.Module says no more than Any."""
+
+    @overload
+    def __call__(
+        self,
+        input: Sequences,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to_initial: bool = False,
+        return_all_states: Literal[False] = False,
+    ) -> tuple[Sequences, State]: ...
+
+    @overload
+    def __call__(
+        self,
+        input: Sequences,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to_initial: bool = False,
+        return_all_states: Literal[True],
+    ) -> tuple[Sequences, State, State]: ...
+
+
+class _CellCall(Protocol[State]):
+    def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
 
 
 class _Twin(nn.Module):
@@ -127,14 +160,14 @@ class _Layer(_Twin, nn.RNNBase):
         """Parameters in the shapes of the cell; RNNBase has made those of a layer it knows."""
         cell, H = reference.CELLS[self._cell], self.hidden_size
         for names in self._all_weights:
-            if cell.diagonals and cell.recurrent:
-                names.append(names[0].replace("weight_ih", "weight_ch"))
+            if cell.unit_weights and cell.recurrent:
+                names.append(names[0].replace("weight_ih", cell.unit_weight_name))
             like = getattr(self, names[0])
             for name in names:
-                stem = name.partition("_l")[0]
+                stem = name.rpartition("_l")[0]
                 shape: Iterable[int] = (cell.gates * H,)
-                if stem == "weight_ch" or (stem == "weight_hh" and not cell.recurrent):
-                    shape = (cell.diagonals * H,)
+                if stem == cell.unit_weight_name or (stem == "weight_hh" and not cell.recurrent):
+                    shape = (cell.unit_weights * H,)
                 elif stem == "weight_hr":
                     shape = getattr(self, name).shape
                 elif stem.startswith("weight"):
@@ -307,7 +340,7 @@ class LSTM(_Layer):
 
         zoneout: the probability that a unit's state stays what it was, or two, for h and for c.
             Outside training the states are the expectation: that share of the old one (Krueger et
-            al. 2017).
+            al. 2017). Not with proj_size.
         recurrent_dropout: the probability that W_hh does not see a unit of h, the same units of a
             sequence at every step (Gal & Ghahramani 2016).
         weight_dropout: the probability of a zero in W_hh, for the whole call (DropConnect; Merity
@@ -341,11 +374,15 @@ class LSTM(_Layer):
     `lengths` and `reset` that do not go with the input.
 
     Precision: bfloat16 and float16 are added up in float32, c is float32, h is rounded at every
-    step. Results do not depend on the number of threads and repeat to the bit.
+    step. The same call gives the same bits, whatever the number of threads; with dropout and its
+    kin after the same `torch.manual_seed`.
 
     Hochreiter & Schmidhuber 1997, "Long short-term memory"; Gers, Schmidhuber & Cummins 2000,
     "Learning to forget"; Sak, Senior & Beaufays 2014 for the projection.
     """
+
+    if TYPE_CHECKING:
+        __call__: _LayerCall[tuple[Tensor, Tensor]]
 
     @overload
     def __init__(
@@ -488,6 +525,52 @@ class CoupledLSTM(LSTM):
         return "coupled_lstm"
 
 
+class LayerNormLSTM(LSTM):
+    """LSTM with layer normalisation of both products and of the cell state.
+
+    In every layer and direction, for every step, norm(a) = (a - mean(a)) / sqrt(var(a) + 1e-5)
+    over all elements of a::
+
+        [i, f, g, o] = gain_x * norm(W_ih x) + b_ih + gain_h * norm(W_hh h) + b_hh
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h = sigmoid(o) * tanh(gain_c * norm(c) + shift_c)      # with proj_size: W_hr (...)
+
+    Equivalent PyTorch code::
+
+        def norm(a, gain, shift):
+            return F.layer_norm(a, a.shape[-1:], gain, shift)
+
+        gain_x, gain_h, gain_c, shift_c = norm_l0.split([4 * H, 4 * H, H, H])
+        gates = norm(F.linear(x, weight_ih), gain_x, bias_ih)
+        gates = gates + norm(F.linear(h, weight_hh), gain_h, bias_hh)
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * norm(c, gain_c, shift_c).tanh()
+
+    Args, Inputs, Outputs, Precision: as for `LSTM`. Means and variances are those of one step of
+    one sequence, in float32 (float64 for float64), in training and outside.
+
+    Parameters: those of `LSTM`, and at the end of each layer and direction `norm_l[k]` [10*H]:
+    the gains from 1, shift_c from 0. The biases are the shifts of the other two norms.
+
+    Raises: as `LSTM`.
+
+    Ba, Kiros & Hinton 2016, "Layer normalization", as its supplement has the LSTM.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fit_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return "layer_norm_lstm"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
+
+
 class GRU(_Layer):
     """Gated recurrent unit: `torch.nn.GRU` with other kernels.
 
@@ -511,23 +594,30 @@ class GRU(_Layer):
         n = (x_n + r * h_n).tanh()
         h = (1 - z) * n + z * h
 
-    Args: as for `LSTM`, without `proj_size`, and
-        reset_after: by keyword; False for the cell of the paper. Weights do not carry over.
+    Args: as for `LSTM`, those beyond torch.nn too, without `proj_size`, and
+        reset_after: by keyword; False for the cell of the paper. Weights do not carry over, and
+            recurrent_dropout does not go with it.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
-    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` as for `LSTM`.
+    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` and `return_all_states` as for
+    `LSTM`.
 
-    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
+    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`. With
+    `return_all_states` a third, h after every step: like the output, with a leading dimension for
+    the layers.
 
     Parameters: as for `LSTM`, with 3*H rows in the order r, z, n.
 
     Raises: ValueError, TypeError and RuntimeError where `torch.nn.GRU` does, in its words.
 
-    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Results
-    do not depend on the number of threads and repeat to the bit.
+    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Bits as
+    for `LSTM`.
 
     Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder".
     """
+
+    if TYPE_CHECKING:
+        __call__: _LayerCall[Tensor]
 
     reset_after = True  # of layers that convert() has made, too
 
@@ -579,6 +669,58 @@ class GRU(_Layer):
         return (output, h_n) if every is None else (output, h_n, every[0])
 
 
+class LayerNormGRU(GRU):
+    """GRU with layer normalisation of both products.
+
+    In every layer and direction, for every step, norm(a) = (a - mean(a)) / sqrt(var(a) + 1e-5)
+    over all elements of a::
+
+        [x_r, x_z] = gain_x * norm([W_ir x, W_iz x]) + [b_ir, b_iz]
+        x_n = gain_x * norm(W_in x) + b_in
+        [h_r, h_z], h_n: the same of W_hh h, with gain_h and b_hh
+        r = sigmoid(x_r + h_r)
+        z = sigmoid(x_z + h_z)
+        n = tanh(x_n + r * h_n)
+        h = (1 - z) * n + z * h
+
+    Equivalent PyTorch code::
+
+        def norms(a, gain, shift):
+            groups = zip(*(t.split([2 * H, H], -1) for t in (a, gain, shift)))
+            return [F.layer_norm(a, a.shape[-1:], g, s) for a, g, s in groups]
+
+        gain_x, gain_h = norm_l0.chunk(2)
+        x_rz, x_n = norms(F.linear(x, weight_ih), gain_x, bias_ih)
+        h_rz, h_n = norms(F.linear(h, weight_hh), gain_h, bias_hh)
+        r, z = (x_rz + h_rz).sigmoid().chunk(2, -1)
+        n = (x_n + r * h_n).tanh()
+        h = (1 - z) * n + z * h
+
+    Args, Inputs, Outputs, Precision: as for `GRU`, without `reset_after`. Means and variances are
+    those of one step of one sequence, in float32 (float64 for float64), in training and outside.
+
+    Parameters: those of `GRU`, and at the end of each layer and direction `norm_l[k]` [6*H]:
+    the gains, from 1, those of the input first. The biases are the shifts.
+
+    Raises: as `GRU`.
+
+    Ba, Kiros & Hinton 2016, "Layer normalization", as its supplement has the GRU.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_reset_before(kwargs)
+        super().__init__(*args, **kwargs)
+        self._fit_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return "layer_norm_gru"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
+
+
 class RNN(_Layer):
     """Elman's recurrent network: `torch.nn.RNN` with other kernels.
 
@@ -590,23 +732,29 @@ class RNN(_Layer):
 
         h = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).tanh()
 
-    Args: as for `LSTM`, without `proj_size`, and
+    Args: as for `LSTM`, those beyond torch.nn too, without `proj_size`, and
         nonlinearity: "tanh" or "relu", the fourth argument, before `bias`.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
-    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` as for `LSTM`.
+    [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` and `return_all_states` as for
+    `LSTM`.
 
-    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`.
+    Outputs: `output` [T, B, D*H], contiguous, or what `input` was; h_n like `hx`. With
+    `return_all_states` a third, h after every step: like the output, with a leading dimension for
+    the layers.
 
     Parameters: as for `LSTM`, with H rows.
 
     Raises: ValueError, TypeError and RuntimeError where `torch.nn.RNN` does, in its words.
 
-    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Results
-    do not depend on the number of threads and repeat to the bit.
+    Precision: bfloat16 and float16 are added up in float32, h is rounded at every step. Bits as
+    for `LSTM`.
 
     Elman 1990, "Finding structure in time".
     """
+
+    if TYPE_CHECKING:
+        __call__: _LayerCall[Tensor]
 
     @overload
     def __init__(
@@ -667,7 +815,8 @@ class IndRNN(RNN):
 
         h = (F.linear(x, weight_ih, bias_ih) + weight_hh * h + bias_hh).relu()
 
-    Args: as for `RNN`, with "relu" as the default of `nonlinearity`.
+    Args: as for `RNN`, with "relu" as the default of `nonlinearity`; recurrent_dropout does not go
+    with it.
 
     Inputs, Outputs, Precision, Raises: as for `RNN`.
 
@@ -699,6 +848,19 @@ def _refuse_projection(kwargs: dict[str, Any], name: str = "RNN or GRU") -> None
         raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
 
 
+def _refuse_reset_before(kwargs: dict[str, Any]) -> None:
+    if not kwargs.get("reset_after", True):
+        raise ValueError("a GRU with layer normalisation has its reset gate after the product")
+
+
+def _reset_gains(module: _Layer | _Cell, cell: reference.Cell) -> None:
+    """As torch.nn.LayerNorm begins: gains are 1 and the shift of c is 0."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith(cell.unit_weight_name):
+            nn.init.ones_(parameter)
+            nn.init.zeros_(parameter[(2 * cell.gates + 1) * module.hidden_size :])
+
+
 def _mask(reset: Any, input: Any, unbatched: bool) -> Tensor:
     """`reset` as a tensor in the order of `input`."""
     packed = isinstance(input, PackedSequence)
@@ -724,7 +886,7 @@ def _order(packed: PackedSequence) -> tuple[list[int], list[int]]:
 class _Cell(_Twin, nn.RNNCellBase):
     """What the cells share: checks and the step."""
 
-    _has_peepholes = False
+    _unit_weight = ""  # the name of a parameter besides those of torch.nn's cells
 
     @property
     def _cell(self) -> str:
@@ -784,7 +946,7 @@ class _Cell(_Twin, nn.RNNCellBase):
             self._tensor("weight_hh"),
             self._tensor("bias_ih"),
             self._tensor("bias_hh"),
-            self._tensor("weight_ch") if self._has_peepholes else None,
+            self._tensor(self._unit_weight) if self._unit_weight else None,
         )
 
 
@@ -806,6 +968,9 @@ class LSTMCell(_Cell):
 
     Raises: ValueError, TypeError and RuntimeError where `torch.nn.LSTMCell` does, in its words.
     """
+
+    if TYPE_CHECKING:
+        __call__: _CellCall[tuple[Tensor, Tensor]]
 
     def __init__(
         self,
@@ -848,7 +1013,7 @@ class PeepholeLSTMCell(LSTMCell):
     Parameters: those of `LSTMCell`, and `weight_ch` [3*H].
     """
 
-    _op, _has_peepholes = "peephole_lstm", True
+    _op, _unit_weight = "peephole_lstm", "weight_ch"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -867,6 +1032,26 @@ class CoupledLSTMCell(LSTMCell):
     _op, _gates = "coupled_lstm", 3
 
 
+class LayerNormLSTMCell(LSTMCell):
+    """One step of an LSTM with layer normalisation. The equations and paper: `LayerNormLSTM`.
+
+    Args, Inputs, Outputs, Raises: as for `LSTMCell`.
+
+    Parameters: those of `LSTMCell`, and `norm` [10*H].
+    """
+
+    _op, _unit_weight = "layer_norm_lstm", "norm"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = nn.Parameter(self.weight_ih.new_empty(10 * self.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
+
+
 class GRUCell(_Cell):
     """One step of a gated recurrent unit: `torch.nn.GRUCell` with other kernels.
 
@@ -883,6 +1068,9 @@ class GRUCell(_Cell):
 
     Raises: ValueError and RuntimeError where `torch.nn.GRUCell` does, in its words.
     """
+
+    if TYPE_CHECKING:
+        __call__: _CellCall[Tensor]
 
     def __init__(
         self,
@@ -914,6 +1102,31 @@ class GRUCell(_Cell):
         return h
 
 
+class LayerNormGRUCell(GRUCell):
+    """One step of a GRU with layer normalisation. The equations and paper: `LayerNormGRU`.
+
+    Args, Inputs, Outputs, Raises: as for `GRUCell`, without `reset_after`.
+
+    Parameters: those of `GRUCell`, and `norm` [6*H].
+    """
+
+    _unit_weight = "norm"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_reset_before(kwargs)
+        super().__init__(*args, **kwargs)
+        self.norm = nn.Parameter(self.weight_ih.new_empty(6 * self.hidden_size))
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> str:
+        return "layer_norm_gru"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self, reference.CELLS[self._cell])
+
+
 class RNNCell(_Cell):
     """One step of Elman's network: `torch.nn.RNNCell` with other kernels.
 
@@ -930,6 +1143,9 @@ class RNNCell(_Cell):
 
     Raises: ValueError and RuntimeError where `torch.nn.RNNCell` does, in its words.
     """
+
+    if TYPE_CHECKING:
+        __call__: _CellCall[Tensor]
 
     __constants__ = [*nn.RNNCellBase.__constants__, "nonlinearity"]  # noqa: RUF012
 

@@ -6,6 +6,9 @@ and `frozen`; docs/design.md has their arguments. When they are called is decide
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,9 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .reference import Controls
+
+_log = logging.getLogger("fused_rnn")
 
 available = True
 unavailable_reason: str | None = None
@@ -36,6 +42,31 @@ except ImportError as error:
         stacklevel=2,
     )
 
+# The architectures of GPUs that there are kernels for, and if there are none, why.
+cuda_architectures, cuda_off = "", str(unavailable_reason)
+if available:
+    cuda_architectures, cuda_off = _C.cuda()
+    if cuda_architectures and torch.version.cuda is None:
+        cuda_off = f"this torch ({torch.__version__}) is built without CUDA"
+    elif cuda_architectures and os.environ.get("FUSED_RNN_CUDA_KERNELS") != "1":
+        # TODO: take this out when `pytest -m gpu` has passed on a GPU.
+        cuda_off = "they have not run on a GPU yet, only on the emulator: FUSED_RNN_CUDA_KERNELS=1"
+has_cuda = not cuda_off
+
+
+@functools.cache
+def cuda_device_off(index: int) -> str:
+    """Why there are no kernels for that GPU, or nothing."""
+    gpu = torch.cuda.get_device_capability(index)
+    for name in cuda_architectures.split():
+        base = name.removesuffix("+PTX")
+        built = tuple(map(int, base.rstrip("af").split(".")))
+        later_minor = base[-1].isdigit() and built[0] == gpu[0]
+        if built == gpu or (built < gpu and (later_minor or base != name)):
+            return ""
+    return f"the library is built for {cuda_architectures}, and this GPU is {gpu[0]}.{gpu[1]}"
+
+
 # Called directly where no gradient is needed.
 inference: Callable[..., tuple[Tensor, Tensor, Tensor]]
 inference_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -51,6 +82,10 @@ _backward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 # A transform of torch.func (vmap, grad, jvp, ...) is running.
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
+)
+# vmap maps over this tensor.
+is_batched: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_batchedtensor", lambda tensor: False
 )
 _is_key_included: Callable[[Any], bool] = getattr(
     torch._C, "_dispatch_tls_is_dispatch_key_included", lambda key: False
@@ -162,6 +197,8 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients by way of the reference, so that they can be differentiated again."""
     create_graph = torch.is_grad_enabled()
+    reason = "its gradients are to be differentiated" if create_graph else "they come in batches"
+    _log.debug("%s backward: reference, because %s", cell, reason)
     num_layers, bidirectional, batch_first = options
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         # Aliases, because one argument may have been computed from another (h0 from the input):
@@ -230,6 +267,10 @@ def _fake_frozen(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "ONNX has no frozen layers: export the model that the frozen one was made from"
+        )
     _check_devices(input, h0, c0, *packed)
     return _fake_outputs(
         *(cell, input, batch_sizes, h0, hidden_size, proj_size or hidden_size),
@@ -328,9 +369,11 @@ def _fake_saved(question: tuple[Any, ...], controls: Controls) -> Tensor:
     scans = 1 if step else num_layers * (2 if bidirectional else 1)
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     first = reference.split_weights(cell, weights, scans)[0]
-    states, saved = _C.cells()[cell]["states"], _C.cells()[cell]["saved"]
+    facts = _C.cells()[cell]
+    states = facts["states"]
     own = 1 if first.hr is not None else states if controls.zoned else 0
-    slots = states + saved + own
+    raw = 2 * facts["gates"] if facts["norm_gates"] else 0
+    slots = states + facts["saved"] + own + raw
     units = (first.units + 15) // 16 * 16
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     new: Tensor = input.new_empty(scans, rows, slots * units, dtype=dtype)
@@ -375,6 +418,42 @@ def _fake_backward_controlled(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[
     return _fake_backward(*args[:3], *args[4:17])
 
 
+# What torch.utils.flop_counter counts: the products with matrices, a step of a sequence each.
+
+
+def _flops(
+    cell: str, input: Sequence[int], _: Any, h0: Any, c0: Any, weights: Sequence[Any], *rest: Any,
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    """Tensors come by their shapes."""
+    matrices = [int(math.prod(shape)) for shape in weights if len(shape) == 2]
+    return 2 * math.prod(input[:-1]) * sum(matrices)
+
+
+def _flops_of_backward(d_output: Any, d_h_n: Any, d_c_n: Any, *args: Any, **kwargs: Any) -> int:
+    """Each product twice, for both that it multiplied, where their gradients are wanted."""
+    if not isinstance(args[0], str):
+        args = args[1:]  # d_all_c
+    input, weights, bidirectional = args[1], args[5], args[7]
+    _, need_input, _, need_weights = args[9:13]
+    products = _flops(*args)
+    directions = 2 if bidirectional else 1
+    of_input = 2 * math.prod(input[:-1]) * math.prod(weights[0]) * directions
+    return products * (2 if need_weights else 1) - (0 if need_input else of_input)
+
+
+def _flops_of_frozen(
+    cell: str, input: Sequence[int], _: Any, h0: Any, c0: Any, packed: Any, hidden_size: int,
+    proj_size: int, num_layers: int, bidirectional: bool, *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    facts = reference.CELLS[cell]
+    H, R, D = hidden_size, proj_size or hidden_size, 2 if bidirectional else 1
+    features = input[-1] + (num_layers - 1) * D * R  # of the inputs of all layers
+    recurrent = num_layers * R if facts.recurrent else 0
+    projection = num_layers * R * H if proj_size else 0
+    return 2 * math.prod(input[:-1]) * D * (facts.gates * H * (features + recurrent) + projection)
+
+
 if available:
     inference = torch.ops.fused_rnn.inference.default
     inference_controlled = torch.ops.fused_rnn.inference.controlled
@@ -394,3 +473,6 @@ if available:
     torch.library.register_fake("fused_rnn::forward.controlled", _fake_forward_controlled)
     torch.library.register_fake("fused_rnn::backward", _fake_backward)
     torch.library.register_fake("fused_rnn::backward.controlled", _fake_backward_controlled)
+    register_flop_formula([torch.ops.fused_rnn.inference, torch.ops.fused_rnn.forward])(_flops)
+    register_flop_formula(torch.ops.fused_rnn.backward)(_flops_of_backward)
+    register_flop_formula(torch.ops.fused_rnn.frozen)(_flops_of_frozen)

@@ -28,6 +28,10 @@ class Cell(NamedTuple):
 
     Where there is an `operand`, W_hh is multiplied by h for the first gates only, and by
     `operand(x, h, prev)`, h being what these gates get, for the others.
+
+    With `norm_gates` both products are normalised before the biases are added, so many gates
+    together, and the others together. A `normed_operand` is not multiplied but normalised, and
+    appended to h.
     """
 
     step: Callable[[Tensor, Tensor, Tensor | None, States], States]
@@ -37,6 +41,26 @@ class Cell(NamedTuple):
     recurrent: bool = True
     operand: Callable[[Tensor, Tensor, States], Tensor] | None = None
     first_gates: int = 0
+    norm_gates: int = 0
+    normed_operand: bool = False
+
+    @property
+    def two_products(self) -> bool:
+        return self.operand is not None and not self.normed_operand
+
+    @property
+    def gains(self) -> int:
+        """Of the gates from x, of those from h, gain and shift of the operand."""
+        return 2 * self.gates + 2 * self.normed_operand if self.norm_gates else 0
+
+    @property
+    def unit_weights(self) -> int:
+        """Parameters of a unit besides its rows of the matrices and the biases."""
+        return self.diagonals + self.gains
+
+    @property
+    def unit_weight_name(self) -> str:
+        return "norm" if self.norm_gates else "weight_ch"
 
 
 def _lstm(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
@@ -57,6 +81,17 @@ def _coupled_lstm(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> State
     f, g, o = (x + h).chunk(3, -1)
     c = f.sigmoid() * prev[1] + (1 - f.sigmoid()) * g.tanh()
     return o.sigmoid() * c.tanh(), c
+
+
+def _normed_cell_state(x: Tensor, h: Tensor, prev: States) -> Tensor:
+    return _lstm(x, h, None, prev)[1]
+
+
+def _layer_norm_lstm(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+    size = x.shape[-1]
+    h, normed = h[..., :size], h[..., size:]
+    o = (x + h).chunk(4, -1)[3]
+    return o.sigmoid() * normed.tanh(), _normed_cell_state(x, h, prev)
 
 
 def _gru(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
@@ -98,7 +133,17 @@ CELLS = {
     "lstm": Cell(_lstm, states=2, gates=4),
     "peephole_lstm": Cell(_peephole_lstm, states=2, gates=4, diagonals=3),
     "coupled_lstm": Cell(_coupled_lstm, states=2, gates=3),
+    "layer_norm_lstm": Cell(
+        _layer_norm_lstm,
+        states=2,
+        gates=4,
+        operand=_normed_cell_state,
+        first_gates=4,
+        norm_gates=4,
+        normed_operand=True,
+    ),
     "gru": Cell(_gru, states=1, gates=3),
+    "layer_norm_gru": Cell(_gru, states=1, gates=3, norm_gates=2),
     "gru_reset_before": Cell(_gru_reset_before, states=1, gates=3, operand=_reset_h, first_gates=2),
     "rnn_tanh": Cell(_rnn_tanh, states=1, gates=1),
     "rnn_relu": Cell(_rnn_relu, states=1, gates=1),
@@ -167,7 +212,7 @@ class Weights(NamedTuple):
     bias_ih: Tensor | None  # [G*H]
     bias_hh: Tensor | None  # [G*H]
     hr: Tensor | None  # [R, H], the projection
-    diag: Tensor | None  # [P*H], recurrent weights of units to themselves
+    diag: Tensor | None  # [P*H], recurrent weights of units to themselves, and gains
 
     @property
     def units(self) -> int:
@@ -186,7 +231,7 @@ def split_weights(cell: str, weights: Sequence[Tensor], num_scans: int) -> list[
     """The flat list of the ops by layer and direction."""
     facts = CELLS[cell]
     # With weight_hh the diagonals are one tensor more, else they are in its place.
-    extra = 1 if facts.diagonals and facts.recurrent else 0
+    extra = 1 if facts.unit_weights and facts.recurrent else 0
     count, rest = divmod(len(weights), num_scans)
     if rest or not 2 <= count - extra <= 5:
         few, many = 2 + extra, 5 + extra
@@ -216,10 +261,42 @@ def initial_states(
     ]
 
 
+def _sizes_of_gains(cell: Cell, w: Weights) -> list[int]:
+    gates = cell.gates * w.units
+    return [gates, gates, *[w.units] * (2 * cell.normed_operand)]
+
+
+def _normalise(cell: Cell, product: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """[B, G*H], some gates together."""
+    H = product.shape[-1] // cell.gates
+    sizes = [gates * H for gates in (cell.norm_gates, cell.gates - cell.norm_gates) if gates]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    parts = zip(torch.split(product, sizes, -1), torch.split(gain, sizes), biases, strict=True)
+    return torch.cat([F.layer_norm(x, x.shape[-1:], g, b) for x, g, b in parts], -1)
+
+
+def input_product(cell: Cell, x: Tensor, w: Weights) -> Tensor:
+    """[..., G*H] from the input."""
+    if not cell.norm_gates:
+        return F.linear(x, w.ih, w.bias_ih)
+    assert w.diag is not None
+    gain = torch.split(w.diag, _sizes_of_gains(cell, w))[0]
+    return _normalise(cell, F.linear(x, w.ih), gain, w.bias_ih)
+
+
 def _pre_activations(cell: Cell, x: Tensor, prev: States, w: Weights) -> Tensor:
     """[B, G*H] from the previous h."""
     if w.hh is None:
         return torch.zeros_like(x) if w.bias_hh is None else w.bias_hh
+    if cell.norm_gates:
+        assert w.diag is not None
+        _, gain, *of_operand = torch.split(w.diag, _sizes_of_gains(cell, w))
+        h = _normalise(cell, F.linear(prev[0], w.hh), gain, w.bias_hh)
+        if cell.operand is None:
+            return h
+        operand = cell.operand(x, h, prev)
+        gain, shift = of_operand
+        return torch.cat([h, F.layer_norm(operand, operand.shape[-1:], gain, shift)], -1)
     if cell.operand is None:
         return F.linear(prev[0], w.hh, w.bias_hh)
     rows = cell.first_gates * w.units
@@ -369,7 +446,7 @@ def rnn(
                 None if mask is None else steps(mask[k].view(*x.shape[:-1], -1)),
                 None if h_mask is None else h_mask[k],
             )
-            every, states = scan.run(steps(F.linear(x, scans[k].ih, scans[k].bias_ih)))
+            every, states = scan.run(steps(input_product(CELLS[cell], x, scans[k])))
             join = torch.stack if sizes is None else torch.cat
             outputs.append(join([after[0] for after in every]))
             if controls.all_c:

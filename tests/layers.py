@@ -30,6 +30,9 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "PEEPHOLE": ("PeepholeLSTM", {}),
     "PEEPHOLEP": ("PeepholeLSTM", {"proj_size": 3}),
     "COUPLED": ("CoupledLSTM", {}),
+    "LN": ("LayerNormLSTM", {}),
+    "LNP": ("LayerNormLSTM", {"proj_size": 3}),
+    "LN_GRU": ("LayerNormGRU", {}),
     "GRU_BEFORE": ("GRU", {"reset_after": False}),
     "INDRNN": ("IndRNN", {}),
     "INDRNN_TANH": ("IndRNN", {"nonlinearity": "tanh"}),
@@ -67,6 +70,12 @@ def twins(
                 weight.copy_(one_sided(weight, theirs.hidden_size))
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
+
+
+def precise(kind: str) -> torch.dtype:
+    """In which two orders of a sum agree to the tolerance of assert_close: what is normalised makes
+    much of every rounding."""
+    return torch.float64 if kind.startswith("LN") else torch.float32
 
 
 def has_deciding_kink(layer: nn.RNNBase) -> bool:

@@ -1,4 +1,7 @@
-"""Questions to a scan, and three ways to answer them: our ops, torch, the float64 reference."""
+"""Questions to a scan, and three ways to answer them: our ops, torch, the float64 reference.
+
+Our ops are those of a backend, the CPU's unless a test asks for the fixture `backend`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,33 @@ import fused_rnn
 from fused_rnn import reference
 from fused_rnn.reference import Controls
 
-ops = torch.ops.fused_rnn
+
+class Backend(NamedTuple):
+    """Whose ops are asked, and where they want their tensors."""
+
+    name: str
+    namespace: str
+    device: str
+
+
+BACKENDS = {
+    "cpu": Backend("cpu", "fused_rnn", "cpu"),
+    # The CUDA kernels, executed on the host: tests/emu.
+    "emu": Backend("emu", "fused_rnn_emu", "cpu"),
+    "cuda": Backend("cuda", "fused_rnn", "cuda"),
+}
+
+
+class Ops:
+    """`torch.ops.fused_rnn`, or what the chosen backend has in its place."""
+
+    backend = BACKENDS["cpu"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(torch.ops, self.backend.namespace), name)
+
+
+ops = Ops()
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,6 +76,14 @@ class Arguments(NamedTuple):
             weights=[function(weight) for weight in self.weights],
             controls=self.controls.to(input.dtype),
         )
+
+    def on(self, device: str) -> Arguments:
+        """The same question on a device; what the ops read on the CPU stays there."""
+        moved = self.map(lambda tensor: tensor.to(device))
+        controls = moved.controls
+        masks = {name: getattr(controls, name) for name in ("reset", "zoneout_mask", "h_mask")}
+        there = {name: mask.to(device) for name, mask in masks.items() if mask is not None}
+        return moved._replace(controls=controls._replace(**there))
 
     def tensors(self) -> Tensors:
         """Every floating-point tensor by name."""
@@ -84,6 +121,7 @@ def make_arguments(
     """
     generator = torch.Generator().manual_seed(seed)
     numbers = fused_rnn._C.cells()[cell]
+    facts = reference.CELLS[cell]
     directions = 2 if bidirectional else 1
     R = proj or H
 
@@ -101,8 +139,9 @@ def make_arguments(
             weights += [weight(numbers["gates"] * H, R) if numbers["recurrent"] else weight(H)]
             weights += [weight(numbers["gates"] * H) for _ in range(2 if bias else 0)]
             weights += [weight(proj, H)] if proj else []
-            if numbers["diagonals"] and numbers["recurrent"]:
-                weights += [weight(numbers["diagonals"] * H)]
+            if facts.unit_weights and facts.recurrent:
+                gains = 1 + weight(facts.gains * H)
+                weights += [torch.cat([weight(facts.diagonals * H), gains])]
 
     sizes = None if batch_sizes is None else torch.tensor(list(batch_sizes))
     if sizes is not None:
@@ -117,7 +156,7 @@ def make_arguments(
     mask = torch.rand(states_of_rows, generator=generator) < 0.3 if zoneout == "mask" else None
     kept = torch.rand(scans, B, R, generator=generator) < 0.7
     controls = Controls(
-        None if lengths is None else torch.tensor(list(lengths)),
+        None if lengths is None else torch.tensor(list(lengths), dtype=torch.int64),
         resets,
         reset_to_initial,
         mask,
@@ -137,6 +176,11 @@ def make_arguments(
         batch_first,
         controls,
     )
+
+
+def norms(cell: str) -> bool:
+    """Whether it normalises gates, and so needs all units of a step at once."""
+    return fused_rnn._C.cells()[cell]["norm_gates"] > 0
 
 
 def one_sided(weight: Tensor, H: int) -> Tensor:
@@ -185,7 +229,12 @@ def by_torch(args: Arguments) -> tuple[Tensor, ...]:
 
 def by_ops(args: Arguments) -> tuple[Tensor, ...]:
     """The same by `torch.ops.fused_rnn.inference`."""
-    return given(args, torch.ops.fused_rnn.inference(*args.given()))
+    args = args.on(ops.backend.device)
+    return to_cpu(given(args, ops.inference(*args.given())))
+
+
+def to_cpu(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.cpu() for tensor in tensors)
 
 
 def given(args: Arguments, results: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -209,7 +258,9 @@ def seeds_like(
     """Random gradients of the outputs, the same numbers for every dtype that holds `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(output.shape, generator=generator).to(dtype or output.dtype).to(output.dtype)
+        torch.randn(output.shape, generator=generator)
+        .to(dtype or output.dtype)
+        .to(output.device, output.dtype)
         for output in outputs
     ]
 
@@ -232,17 +283,18 @@ def differentiate(
 
 def differentiate_ops(args: Arguments) -> Tensors:
     """Outputs and all gradients by `torch.ops.fused_rnn.forward` and `backward`."""
+    args = args.on(ops.backend.device)
     *outputs, saved = ops.forward(*args.given())
     outputs = given(args, outputs)
     seeds = seeds_like(outputs)
-    d_input, d_h0, d_c0, *d_weights = backward(args, list(seeds), saved)
+    d_input, d_h0, d_c0, *d_weights = to_cpu(backward(args, list(seeds), saved))
     gradients = args._replace(input=d_input, h0=d_h0, c0=d_c0, weights=d_weights)
     if args.c0 is None:
         gradients = gradients._replace(c0=None)
     if args.h0 is None:
         gradients = gradients._replace(h0=None)
     named = {f"d_{name}": gradient for name, gradient in gradients.tensors().items()}
-    return name_outputs(outputs) | named
+    return name_outputs(to_cpu(outputs)) | named
 
 
 def judge_scan(
@@ -294,6 +346,7 @@ def seeds_for(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
 
 def everything(args: Arguments) -> list[Tensor]:
     """All that forward and backward return."""
+    args = args.on(ops.backend.device)
     *outputs, saved = ops.forward(*args.given())
     return [*outputs, *backward(args, seeds_for(tuple(outputs)), saved)]
 

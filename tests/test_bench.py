@@ -491,7 +491,9 @@ def test_rates_are_measured_once_and_with_their_threads(monkeypatch: pytest.Monk
 
 
 def test_only_float32_has_a_roof(monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(_: str, pairs: Any, threads: int, dtype: str, budget: float) -> Iterator[Result]:
+    def here(
+        _: str, pairs: Any, threads: int, dtype: str, budget: float, __: str
+    ) -> Iterator[Result]:
         for pair in pairs:
             yield dataclasses.replace(measure.measure(*pair, dtype, budget), threads=threads)
 

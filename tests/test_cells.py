@@ -6,14 +6,13 @@ import os
 import re
 import runpy
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from judge import Tensors, judge, pool
+from processes import run
 
 from fused_rnn import _C, reference
 
@@ -34,21 +33,6 @@ each_float = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 each_function = pytest.mark.parametrize("name", MAX_ULP)
 # Fewer than a vector, exactly some, some and a rest.
 each_count = pytest.mark.parametrize("count", [1, 7, 64, 203])
-
-
-def run(*command: str | Path) -> str:
-    """Run a program and return its output; a failure shows it."""
-    # A sanitizer preloaded for the library is not for compilers.
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, f"{shlex.join(done.args)}\n{done.stdout}"
-    return done.stdout
 
 
 # With a bare compiler
@@ -91,19 +75,6 @@ def test_products(products: str, tmp_path: Path) -> None:
     binary = tmp_path / "test_products"
     run(*compiler, *quick, *flags, CSRC / "test_products.cpp", "-o", binary)
     print(run(binary))
-
-
-def test_cells_are_device_code(tmp_path: Path) -> None:
-    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc", path=f"{cuda}/bin") or shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc")
-    strict = [
-        *("-Werror", "all-warnings"),
-        *("-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage,-Werror"),
-    ]
-    flags = ["-std=c++20", "-arch=sm_90", f"-I{ROOT / 'csrc'}", *strict]
-    run(nvcc, *flags, "-c", CSRC / "compile_cells.cu", "-o", tmp_path / "cells.o")
 
 
 def test_constants_are_those_of_the_script() -> None:
@@ -182,8 +153,10 @@ def by_reference(cell: str, args: Tensors) -> Tensors:
     x, h, w, prev = leaves = [args[name].clone().requires_grad_() for name in names]
     oracle = reference.CELLS[cell]
     flat = h.flatten()
-    if oracle.operand is not None:  # W_hh of its product is the identity
+    if oracle.operand is not None:  # W_hh of its product is the identity, a norm changes nothing
         operand = oracle.operand(x.flatten(), flat, tuple(prev))
+        if oracle.normed_operand:
+            operand, flat = torch.zeros(()), torch.cat([flat, operand])
         first = oracle.first_gates * prev.shape[1]
         flat = torch.cat([flat[:first], flat[first:] + operand])
     state = torch.stack(oracle.step(x.flatten(), flat, w.flatten(), tuple(prev)))

@@ -240,14 +240,3 @@ def test_cells_can_be_scripted(name: str) -> None:
     ours, theirs = twins(name)
     input = torch.randn(3, 6)
     torch.testing.assert_close(torch.jit.script(ours)(input), theirs(input))
-
-
-@each_name
-def test_cells_compile_into_one_graph(name: str) -> None:
-    ours, theirs = twins(name)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    input = torch.randn(3, 6)
-    flatten(compiled(input))[0].sum().backward()
-    flatten(theirs(input))[0].sum().backward()
-    for mine, yours in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, yours.grad)

@@ -22,6 +22,7 @@ from layers import (
     has_deciding_kink,
     make,
     map_tensors,
+    precise,
     run,
     state_for,
     twins,
@@ -315,7 +316,7 @@ def test_layers_beyond_torch_run_in_segments(
     kind: str, structure: dict[str, Any], lengths: tuple[int, ...]
 ) -> None:
     """The pieces are calls of the layer itself, without resets and lengths."""
-    layer = make(fused_rnn, kind, I, H, **structure)
+    layer = make(fused_rnn, kind, I, H, dtype=precise(kind), **structure)
     parameters, mask = dict(layer.named_parameters()), resets(layer)
     input, hx = question(layer)
     controls = {"reset": mask, "lengths": torch.tensor(lengths)}
@@ -485,6 +486,13 @@ def test_vmap_over_inputs_and_masks(kind: str) -> None:
     torch.testing.assert_close(found, torch.stack(alone))
 
 
+def test_lengths_are_not_mapped_over() -> None:
+    layer, inputs = fused_rnn.GRU(2, 4), torch.randn(2, 4, 3, 2)
+    lengths = torch.tensor([[1, 4, 2], [3, 0, 4]])
+    with pytest.raises(RuntimeError, match=r"torch\.vmap cannot map over them: map"):
+        torch.vmap(lambda x, n: layer(x, lengths=n)[0])(inputs, lengths)
+
+
 @every_kind
 @each_control
 def test_gradients_per_sample(kind: str, control: str) -> None:
@@ -510,13 +518,15 @@ def test_gradients_per_sample(kind: str, control: str) -> None:
 def test_without_the_library_the_numbers_are_the_same(
     kind: str, control: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = make(fused_rnn, kind, 2, 4, 2, bidirectional=True, dropout=0.3)
-    input, hx, controls = torch.randn(4, 3, 2), state_for(layer, 3), CONTROLS[control]()
+    dtype = precise(kind)
+    layer = make(fused_rnn, kind, 2, 4, 2, bidirectional=True, dropout=0.3, dtype=dtype)
+    input, hx = torch.randn(4, 3, 2, dtype=dtype), state_for(layer, 3)
+    controls = CONTROLS[control]()
 
     def everything() -> Tensors:
         torch.manual_seed(2)  # of the dropout
         called = functools.partial(layer, **controls)
-        return run(called, dict(layer.named_parameters()), input, hx, torch.float32)
+        return run(called, dict(layer.named_parameters()), input, hx, dtype)
 
     fused = everything()
     monkeypatch.setattr(ops, "available", False)
@@ -749,7 +759,7 @@ def test_refused_with_batch_first() -> None:
     assert (error, words) == (RuntimeError, "reset must have shape [B, T] = (3, 4), got (4, 3)")
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "CoupledLSTM", "IndRNN"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "LayerNormGRU", "IndRNN"])
 def test_controls_go_by_keyword(name: str) -> None:
     layer = getattr(fused_rnn, name)(5, 7)
     with pytest.raises(TypeError, match="positional argument"):

@@ -195,45 +195,6 @@ def test_strange_memory_under_weights_and_input(kind: str, relay: str) -> None:
     assert all(map(torch.equal, train_step(layer, move(input)), expected))
 
 
-def test_distributed_data_parallel_of_one(tmp_path: Path) -> None:
-    code = f"""
-import torch, fused_rnn
-from torch.nn.parallel import DistributedDataParallel
-torch.distributed.init_process_group(
-    "gloo", init_method="file://{tmp_path}/rendezvous", rank=0, world_size=1)
-layer = fused_rnn.LSTM(5, 7, 2)
-model = DistributedDataParallel(layer)
-input = torch.randn(4, 3, 5)
-model(input)[0].sum().backward()
-wrapped = [p.grad.clone() for p in layer.parameters()]
-layer.zero_grad()
-layer(input)[0].sum().backward()
-for a, p in zip(wrapped, layer.parameters()):
-    torch.testing.assert_close(a, p.grad)
-torch.distributed.destroy_process_group()
-"""
-    output_of(code)
-
-
-def test_fully_sharded_data_parallel_of_one(tmp_path: Path) -> None:
-    """Parameters become DTensors that are gathered for the call."""
-    code = f"""
-import copy, torch, fused_rnn
-from torch.distributed.fsdp import fully_shard
-torch.distributed.init_process_group(
-    "gloo", init_method="file://{tmp_path}/rendezvous", rank=0, world_size=1)
-mesh = torch.distributed.init_device_mesh("cpu", (1,))
-layer, input = fused_rnn.LSTM(5, 7, 2), torch.randn(4, 3, 5)
-model = fully_shard(copy.deepcopy(layer), mesh=mesh)
-for module in (layer, model):
-    module(input)[0].sum().backward()
-for p, q in zip(layer.parameters(), model.parameters()):
-    torch.testing.assert_close(p.grad, q.grad.full_tensor())
-torch.distributed.destroy_process_group()
-"""
-    output_of(code)
-
-
 def test_kept_memory_is_bounded_and_given_back() -> None:
     layer = fused_rnn.LSTM(64, 256)
     for T in (40, 300, 90):

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import torchrun
+
+import fused_rnn
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -105,3 +108,53 @@ def test_streaming_removes_noise(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"denoised   {results['denoised']:.4f}" in printed
     assert "100 frames of 10 ms, each done in" in printed
+
+
+def test_data_parallel_learns_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    results = example("data_parallel")["main"]("--steps 60 --batch 32".split())
+    assert results["training"] < 0.2 * results["before training"]
+    assert results["accuracy"] > 0.9
+    assert f"right in {100 * results['accuracy']:.1f} %" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch is built without gloo",
+)
+def test_data_parallel_learns_in_two_processes() -> None:
+    """Whole weights in each, or half of them: the same losses."""
+    script, options = str(EXAMPLES / "data_parallel.py"), "--steps 60 --batch 32".split()
+    runs = [torchrun(script, *options), torchrun(script, *options, "--sharded")]
+    for run in runs:
+        assert run.returncode == 0, run.stderr
+        (right,) = re.findall(r"right in (.+) % of new waves", run.stdout)
+        assert float(right) > 90
+    (whole, *losses), (half, *same_losses) = (run.stdout.splitlines() for run in runs)
+    assert losses == same_losses
+    kept = [re.fullmatch(r"2 processes, (\d+) weights kept in .*", line) for line in (whole, half)]
+    assert int(kept[0][1]) == 2 * int(kept[1][1])
+
+
+def test_wgan_gp_finds_the_distance(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--steps 100 --hidden 12 --batch 16".split()
+    results = example("wgan_gp")["main"](argv)
+    assert results["found"] == pytest.approx(results["true"], rel=0.2)
+    assert abs(results["before training"] - results["true"]) > 0.5 * results["true"]
+    assert f"found            {results['found']:.3f}" in capsys.readouterr().out
+
+
+def test_wgan_gp_notices_a_lost_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its assertion holds only where the layer's second derivative is there: here it is cut off."""
+    module = example("wgan_gp")
+    forward = module["Critic"].forward
+
+    def cut_off(critic: Any, waves: Any) -> Any:
+        if not isinstance(critic.rnn, fused_rnn.LSTM):
+            return forward(critic, waves)
+        value = forward(critic, waves)
+        (slope,) = torch.autograd.grad(value.sum(), waves, retain_graph=True)
+        return (value + (slope * waves).sum((0, 2))) / 2
+
+    monkeypatch.setattr(module["Critic"], "forward", cut_off)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        module["main"](["--steps", "1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -31,7 +32,8 @@ def test_says_what_runs_and_ends_with_ok(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert text.endswith("\nOK\n")
     assert section(text, "running with")["torch"] == torch.__version__
-    assert "not built yet" in section(text, "running with")["CUDA kernels"]
+    kernels = section(text, "running with")["CUDA kernels"]
+    assert kernels == "on" or re.match("off: (this torch|built with|.*nvcc)", kernels)
     assert section(text, "library")["chosen"] == _C.isa()
     assert section(text, "library")["compiler"] == _C.build_info()["compiler"]
     assert len(section(text, "how threads share")) == len(info.SHAPES)

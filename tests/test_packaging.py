@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +73,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_sdist_is_complete(sdist: Path) -> None:
     def files(root: Path, folder: str) -> set[str]:
-        kinds = (".h", ".cpp", ".py", ".pyi", ".typed", ".md")
+        kinds = (".h", ".cpp", ".cuh", ".cu", ".py", ".pyi", ".typed", ".md", ".sh")
         found = (root / folder).rglob("*")
         return {f.relative_to(root).as_posix() for f in found if f.suffix in kinds}
 
@@ -82,7 +86,7 @@ def test_sdist_is_complete(sdist: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_from_sdist_works_away_from_the_source(sdist: Path, tmp_path: Path) -> None:
-    _, package = build_wheel(sdist, tmp_path, FUSED_RNN_STRICT="1")
+    _, package = build_wheel(sdist, tmp_path, FUSED_RNN_STRICT="1", FUSED_RNN_CUDA="0")
     modules = {f.relative_to(sdist) for f in (sdist / "fused_rnn").rglob("*.py")}
     assert {f.relative_to(package) for f in package.rglob("*.py")} == modules
     assert (package / "fused_rnn/py.typed").is_file()
@@ -93,6 +97,43 @@ def test_wheel_from_sdist_works_away_from_the_source(sdist: Path, tmp_path: Path
     info = python(package, "-m", "fused_rnn.info", FUSED_RNN_STRICT="1")
     assert info.returncode == 0, info.stdout
     assert info.stdout.endswith("OK\n")
+    assert "off: built with FUSED_RNN_CUDA=0" in info.stdout
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The functions of setup.py."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    for name in ("FUSED_RNN_CUDA", "FUSED_RNN_SANITIZE", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+
+def test_architectures_are_those_that_nvcc_knows(recipe: Any) -> None:
+    names, flags = recipe.gencode("", ["compute_80", "compute_90", "compute_100"])
+    assert names == "8.0 9.0a 10.0+PTX"
+    assert flags[1::2] == [
+        "arch=compute_80,code=[sm_80]",
+        "arch=compute_90a,code=[sm_90a]",
+        "arch=compute_100,code=[sm_100,compute_100]",
+    ]
+    assert recipe.gencode("7.5;9.0+PTX", [])[0] == "7.5 9.0+PTX"
+    with pytest.raises(CompileError, match="'Hopper': write"):
+        recipe.gencode("Hopper", [])
+
+
+def test_without_nvcc_the_build_goes_on_and_says_why(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    cuda = recipe.find_cuda(["c++"])
+    assert not cuda.nvcc
+    assert f"{tmp_path}/bin/nvcc" in cuda.off
+    monkeypatch.setenv("FUSED_RNN_CUDA", "1")
+    with pytest.raises(CompileError, match="FUSED_RNN_CUDA=1, but"):
+        recipe.find_cuda(["c++"])
+    monkeypatch.setenv("FUSED_RNN_CUDA", "0")
+    assert recipe.find_cuda(["c++"]).off == "built with FUSED_RNN_CUDA=0"
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
     "LSTM": fused_rnn.LSTM,
     "PeepholeLSTM": fused_rnn.PeepholeLSTM,
     "CoupledLSTM": fused_rnn.CoupledLSTM,
+    "LayerNormLSTM": fused_rnn.LayerNormLSTM,
+    "LayerNormGRU": fused_rnn.LayerNormGRU,
     "GRU": fused_rnn.GRU,
     "GRU reset before": lambda *a, **k: fused_rnn.GRU(*a, reset_after=False, **k),
     "RNN": fused_rnn.RNN,

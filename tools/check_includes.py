@@ -14,7 +14,8 @@ MAY_INCLUDE = {
     "core": set[str](),
     "cells": {"core"},
     "cpu": {"core", "cells"},
-    "bindings": {"core", "cells", "cpu"},
+    "cuda": {"core", "cells"},
+    "bindings": {"core", "cells", "cpu", "cuda"},
 }
 BINDINGS_ONLY = re.compile(r"(torch|ATen|c10|pybind11)/|Python\.h$")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:<([^>]+)>|"([^"]+)")', re.MULTILINE)

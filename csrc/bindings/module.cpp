@@ -242,7 +242,9 @@ PYBIND11_MODULE(_C, m) {
                           {"states", info.states},
                           {"saved", info.saved},
                           {"diagonals", info.diagonals},
-                          {"recurrent", info.recurrent}};
+                          {"recurrent", info.recurrent},
+                          {"norm_gates", info.norm_gates},
+                          {"normed_operand", info.normed_operand}};
     }
     return cells;
   });
@@ -259,6 +261,8 @@ PYBIND11_MODULE(_C, m) {
                                               {"torch", FUSED_RNN_TORCH_VERSION},
                                               {"cxx_flags", FUSED_RNN_CXX_FLAGS}};
   });
+  // Architectures that there are kernels for, or why there are none.
+  m.def("cuda", [] { return py::make_tuple(FUSED_RNN_CUDA_ARCHITECTURES, FUSED_RNN_CUDA_OFF); });
   m.def("cell_forward", &cell_forward<float>, py::arg("cell"), py::arg("x").noconvert(),
         py::arg("h").noconvert(), py::arg("w").noconvert(), py::arg("prev").noconvert());
   m.def("cell_forward", &cell_forward<double>, py::arg("cell"), py::arg("x").noconvert(),

@@ -21,6 +21,7 @@
 #include "../cpu/pressure.h"
 #include "../cpu/strategy.h"
 #include "../cpu/team.h"
+#include "cuda.h"
 #include "memory.h"
 
 namespace fused_rnn {
@@ -114,10 +115,51 @@ DType dtype_of(ScalarType type) {
   }
 }
 
+// Where a call has its tensors.
+struct Device {
+  explicit Device(const Tensor& tensor) : cpu(tensor.is_cpu()) {
+    if (cpu) return;
+    index = tensor.get_device_index();
+    check(kHasCuda && tensor.is_cuda(), "there are no kernels for the device of the input");
+  }
+  static Device host() { return {}; }
+
+  // Whether the kernels of csrc/cuda serve it.
+  bool is_cuda() const { return kEmulates || !cpu; }
+  bool holds(const Tensor& tensor) const {
+    return cpu ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device_index() == index;
+  }
+  std::string name() const { return cpu ? "the CPU" : "cuda:" + std::to_string(index); }
+
+  bool cpu = true;
+  int32_t index = 0;
+
+ private:
+  Device() = default;
+};
+
+void check_device(const Tensor& tensor, const char* name, const Device& device) {
+  if (!device.holds(tensor)) fail(name, " must be on ", device.name(), " like the input");
+}
+
+Tensor empty_on(const Device& device, const Shape& shape, ScalarType type) {
+  // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which
+  // costs a small call more than its arithmetic.
+  AtenTensorHandle handle = nullptr;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.data(), shape.contiguous_strides().data(), dtype,
+      device.cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(), device.index,
+      &handle));
+  Tensor tensor(handle);
+  if (device.cpu) new_memory(tensor.data_ptr(), size_t(shape.numel()) * tensor.element_size());
+  return tensor;
+}
+
 // Passes a tensor argument on when it is what the op expects.
 const Tensor& checked(const Tensor& tensor, const char* name, const char* symbols,
-                      const Shape& expected, ScalarType type) {
-  check(tensor.is_cpu(), name, " must be on the CPU like the input");
+                      const Shape& expected, ScalarType type, const Device& device) {
+  check_device(tensor, name, device);
   const ScalarType got = tensor.scalar_type();
   check(got == type, name, " must have the input's dtype ", name_of(type), ", got ", name_of(got));
   const auto sizes = tensor.sizes();
@@ -128,8 +170,8 @@ const Tensor& checked(const Tensor& tensor, const char* name, const char* symbol
 }
 
 Tensor checked_contiguous(const Tensor& tensor, const char* name, const char* symbols,
-                          const Shape& expected, ScalarType type) {
-  checked(tensor, name, symbols, expected, type);
+                          const Shape& expected, ScalarType type, const Device& device) {
+  checked(tensor, name, symbols, expected, type, device);
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -181,9 +223,9 @@ class Call {
       : kernels(cpu::find_cell(q.cell.c_str())),
         type(q.input.scalar_type()),
         dtype(dtype_of(type)),
+        device(q.input),
         batch_first_(q.batch_first && !q.batch_sizes) {
     check(kernels, "there is no cell '", q.cell, "'");
-    check(q.input.is_cpu(), "input must be on the CPU");
     check(q.layers >= 1, "num_layers must be at least 1, got ", q.layers);
     stack.layers = q.layers;
     stack.weight_bytes = q.input.element_size();
@@ -198,12 +240,14 @@ class Call {
     if (controls.reset) read_reset(q.input, *controls.reset, controls.reset_to_initial);
     read_regularisers(controls);
     if (q.h0)
-      stack.h0 = keep(checked_contiguous(
-          *q.h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]", h_shape(), type));
+      stack.h0 =
+          keep(checked_contiguous(*q.h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]",
+                                  h_shape(), type, device));
     check(!q.c0 || has_c(), "c0 was given, but cell '", q.cell, "' has no c");
     if (q.c0)
-      stack.c0 = keep(checked_contiguous(
-          *q.c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]", c_shape(), type));
+      stack.c0 =
+          keep(checked_contiguous(*q.c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]",
+                                  c_shape(), type, device));
     all_c_ = controls.all_c;
     check(!all_c_ || (has_c() && stack.layers == 1 && !step_),
           "all_c needs a cell with c, one layer and a sequence");
@@ -229,33 +273,22 @@ class Call {
   }
   ScalarType saved_type() const { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-  // By the C entry: torch::stable::new_empty goes through a boxed call of the dispatcher, which
-  // costs a small call more than its arithmetic.
-  Tensor empty(const Shape& shape) const { return empty(shape, type); }
-  static Tensor empty(const Shape& shape, ScalarType type) {
-    AtenTensorHandle handle = nullptr;
-    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        int64_t(shape.size()), shape.data(), shape.contiguous_strides().data(), dtype,
-        aoti_torch_device_type_cpu(), 0, &handle));
-    Tensor tensor(handle);
-    new_memory(tensor.data_ptr(), size_t(shape.numel()) * tensor.element_size());
-    return tensor;
-  }
+  Tensor empty(const Shape& shape) const { return empty_on(device, shape, type); }
   // The same where a training step asks for it every time: large ones live in memory of our own.
   Tensor empty_kept(const Shape& shape, ScalarType of) const {
     const size_t size = of == ScalarType::Double ? 8 : of == ScalarType::Float ? 4 : 2;
     const size_t bytes = size_t(shape.numel()) * size;
-    if (bytes < kWorthKeeping && of == type) return empty(shape);
+    if (!device.cpu || (bytes < kWorthKeeping && of == type)) return empty_on(device, shape, of);
     const Shape strides = shape.contiguous_strides();
     return torch::stable::from_blob(take_block(bytes, Use::kTensor), {shape.data(), shape.size()},
                                     {strides.data(), strides.size()}, DeviceType::CPU, of,
                                     &give_block);
   }
   // The state of a batch without steps, which is what it was: `to` becomes `from`, or zeros.
-  static void keep_state(const void* from, const Tensor& to) {
+  void keep_state(const void* from, const Tensor& to) const {
     const size_t bytes = size_t(to.numel() * to.element_size());
     if (bytes == 0) return;
+    if (!device.cpu) return copy_on_cuda(from, to.data_ptr(), bytes, device.index);
     from ? std::memcpy(to.data_ptr(), from, bytes) : std::memset(to.data_ptr(), 0, bytes);
   }
   Tensor zeros(const Shape& shape) const {
@@ -270,8 +303,12 @@ class Call {
             tensor.stride(batch_first_ ? 0 : 1), false};
   }
   // Zeros where a padded tensor [T, B, features] has no steps.
-  void clear_padding(const Tensor& tensor) const {
+  void clear_padding(Tensor& tensor) const {
     if (!is_padded()) return;
+    if (!device.cpu) {
+      torch::stable::zero_(tensor);
+      return;
+    }
     const Sequence rows = sequence(tensor);
     const size_t size = size_t(tensor.element_size());
     const size_t bytes = size * size_t(tensor.size(2));
@@ -299,8 +336,24 @@ class Call {
     return plan;
   }
 
+  void run(const ForwardProblem& problem) {
+    if (device.is_cuda()) return run_on_cuda(kernels->info.name, dtype, problem, device.index);
+    run_on_cpu(kernels->forward[int(dtype)], problem, plan(cpu::plan_forward));
+  }
+  void run(const BackwardProblem& problem) {
+    if (device.is_cuda()) return run_on_cuda(kernels->info.name, dtype, problem, device.index);
+    run_on_cpu(kernels->backward[int(dtype)], problem, plan(cpu::plan_backward));
+  }
+
+  const cpu::CellKernels* kernels;
+  const ScalarType type;
+  const DType dtype;
+  const Device device;
+  Stack stack;
+
+ private:
   template <class Problem, class Kernel>
-  void run(Kernel kernel, const Problem& problem, const cpu::Plan& plan) {
+  void run_on_cpu(Kernel kernel, const Problem& problem, const cpu::Plan& plan) {
     Runtime runtime;
     runtime.threads = plan.threads;
     runtime.host = this;
@@ -324,12 +377,6 @@ class Call {
     kernel(problem, plan, runtime);
   }
 
-  const cpu::CellKernels* kernels;
-  const ScalarType type;
-  const DType dtype;
-  Stack stack;
-
- private:
   Shape sequence_shape(int64_t features) const {
     if (packed_ || step_) return {rows_, features};
     if (batch_first_) return {stack.steps.B, padded_T_, features};
@@ -441,8 +488,9 @@ class Call {
     const bool same = packed_ ? reset.dim() == 1 && reset.size(0) == rows_
                               : reset.dim() == 2 && reset.size(0) == input.size(0) &&
                                     reset.size(1) == input.size(1);
-    check(reset.is_cpu() && reset.scalar_type() == ScalarType::Bool && same,
-          "reset must be a bool tensor on the CPU with the shape of the input without features, ",
+    check_device(reset, "reset", device);
+    check(reset.scalar_type() == ScalarType::Bool && same,
+          "reset must be a bool tensor with the shape of the input without features, ",
           packed_        ? "[N]"
           : batch_first_ ? "[B, T]"
                          : "[T, B]",
@@ -462,7 +510,7 @@ class Call {
       const Shape rows{stack.layers * stack.dirs, rows_, features};
       const void* mask = keep(checked_contiguous(*controls.zoneout_mask, "zoneout_mask",
                                                  "[num_layers * directions, N, states * H]", rows,
-                                                 ScalarType::Bool));
+                                                 ScalarType::Bool, device));
       stack.zoneout_mask = {const_cast<void*>(mask), stack.steps.B * features, features, packed_};
       stack.zoneout_plane = rows_ * features;
     }
@@ -470,20 +518,21 @@ class Call {
     if (!controls.h_mask) return;
     check(kernels->info.recurrent && !kernels->info.two_products(), "cell '", kernels->info.name,
           "' has no product of W_hh with h alone, which h_mask could change");
-    stack.h_mask = keep(checked_contiguous(*controls.h_mask, "h_mask",
-                                           "[num_layers * directions, B, R]", h_shape(), type));
+    stack.h_mask = keep(checked_contiguous(
+        *controls.h_mask, "h_mask", "[num_layers * directions, B, R]", h_shape(), type, device));
   }
 
   void read_weights(const std::vector<Tensor>& weights) {
     const CellInfo& cell = kernels->info;
     const size_t planes = size_t(stack.layers * stack.dirs);
     // Weights of units to themselves: with weight_hh a tensor more, else in its place.
-    const size_t diagonals = cell.recurrent && cell.diagonals ? 1 : 0;
-    const size_t each = weights.size() / planes - diagonals;
+    const size_t more = cell.recurrent && cell.unit_weights() ? 1 : 0;
+    const char* const more_name = cell.norm_gates ? "norm" : "weight_ch";
+    const size_t each = weights.size() / planes - more;
     check(weights.size() % planes == 0 && each >= 2 && each <= 5,
           "weights must hold weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]",
-          diagonals ? ", weight_ch" : "", " for each of ", planes, " layers and directions, got ",
-          weights.size(), " tensors");
+          more ? ", " : "", more ? more_name : "", " for each of ", planes,
+          " layers and directions, got ", weights.size(), " tensors");
     const bool bias = each >= 4;
     const bool projected = each % 2 == 1;
     check(!projected || has_c(), "only an LSTM has a projection (weight_hr)");
@@ -506,10 +555,10 @@ class Call {
     kept_.reserve(weights.size() + 8);
     for (size_t plane = 0; plane < planes; ++plane) {
       const int64_t in = stack.input_size(int64_t(plane) / stack.dirs);
-      size_t next = plane * (each + diagonals);
+      size_t next = plane * (each + more);
       const auto take = [&](const char* name, const char* symbols, const Shape& shape) {
         weight_shapes_.push_back(shape);
-        return keep(checked_contiguous(weights[next++], name, symbols, shape, type));
+        return keep(checked_contiguous(weights[next++], name, symbols, shape, type, device));
       };
       Weights& w = weights_[plane];
       w.ih = take("weight_ih", "[G*H, I]", {rows, in});
@@ -522,7 +571,7 @@ class Call {
         w.bias_hh = take("bias_hh", "[G*H]", {rows});
       }
       if (projected) w.hr = take("weight_hr", "[R, H]", {stack.R, stack.H});
-      if (diagonals) w.diag = take("weight_ch", "[P*H]", {cell.diagonals * stack.H});
+      if (more) w.diag = take(more_name, "[P*H]", {cell.unit_weights() * stack.H});
     }
     stack.weights = weights_.data();
   }
@@ -622,7 +671,7 @@ Outputs run_forward(Call& call, bool save) {
   problem.c_n = call.has_c() ? out.c_n.data_ptr() : nullptr;
   if (out.all_c) problem.all_c = call.sequence(*out.all_c);
   problem.saved = save ? out.saved->data_ptr() : nullptr;
-  call.run(call.kernels->forward[int(call.dtype)], problem, call.plan(cpu::plan_forward));
+  call.run(problem);
   return out;
 }
 
@@ -640,7 +689,8 @@ std::vector<Tensor> pack(const std::string& cell, const std::vector<Tensor>& wei
   // An empty batch of these weights' inputs: they are checked as any call would.
   check(weights[0].dim() == 2, "weight_ih must have shape [G*H, I], got ",
         text(weights[0].sizes()));
-  const Tensor input = Call::empty({1, 0, weights[0].size(1)}, weights[0].scalar_type());
+  const Tensor input =
+      empty_on(Device::host(), {1, 0, weights[0].size(1)}, weights[0].scalar_type());
   const Call call({cell, input, kNone, kNone, kNone, weights, num_layers, bidirectional, false},
                   kNoControls);
   const CellInfo& info = call.kernels->info;
@@ -649,7 +699,8 @@ std::vector<Tensor> pack(const std::string& cell, const std::vector<Tensor>& wei
   for (int64_t plane = 0; plane < call.stack.layers * call.stack.dirs; ++plane) {
     const WeightSizes sizes = call.stack.weight_sizes(plane / call.stack.dirs);
     const size_t bytes = packing.bytes(info, sizes);
-    Tensor& block = blocks.emplace_back(Call::empty({int64_t(bytes)}, ScalarType::Byte));
+    Tensor& block =
+        blocks.emplace_back(empty_on(Device::host(), {int64_t(bytes)}, ScalarType::Byte));
     std::memset(block.data_ptr(), 0, bytes);
     const cpu::PackedTag tag = cpu::tag_for(info, call.dtype, sizes);
     std::memcpy(block.data_ptr(), &tag, sizeof(tag));
@@ -706,23 +757,24 @@ Gradients run_backward(const Seeds& seeds, const Question& question, const Tenso
   static_cast<Stack&>(problem) = stack;
   problem.saved =
       call.keep(checked_contiguous(saved, "saved", "[num_layers * directions, N, slots * Hp]",
-                                   call.saved_shape(), call.saved_type()));
+                                   call.saved_shape(), call.saved_type(), call.device));
   const auto seed = [&](const Tensor& tensor, const char* name, const char* like,
                         const Shape& shape) {
-    const Tensor rows = with_contiguous_features(checked(tensor, name, like, shape, call.type));
+    const Tensor rows =
+        with_contiguous_features(checked(tensor, name, like, shape, call.type, call.device));
     call.keep(rows);
     return call.sequence(rows);
   };
   if (seeds.output)
     problem.d_output = seed(*seeds.output, "d_output", "that of the output", call.output_shape());
   if (seeds.h_n && !call.is_step())
-    problem.d_h_n = call.keep(
-        checked_contiguous(*seeds.h_n, "d_h_n", "that of h_n", call.h_shape(), call.type));
+    problem.d_h_n = call.keep(checked_contiguous(*seeds.h_n, "d_h_n", "that of h_n", call.h_shape(),
+                                                 call.type, call.device));
   if (seeds.all_c)
     problem.d_all_c = seed(*seeds.all_c, "d_all_c", "that of all_c", call.all_c_shape());
   if (seeds.c_n && call.has_c())
-    problem.d_c_n = call.keep(
-        checked_contiguous(*seeds.c_n, "d_c_n", "that of c_n", call.c_shape(), call.type));
+    problem.d_c_n = call.keep(checked_contiguous(*seeds.c_n, "d_c_n", "that of c_n", call.c_shape(),
+                                                 call.type, call.device));
 
   // An empty batch has no steps to write its results.
   const auto result = [&](bool needed, const Shape& shape) {
@@ -762,7 +814,7 @@ Gradients run_backward(const Seeds& seeds, const Question& question, const Tenso
   }
   if (needs.state) problem.d_h0 = d_h0.data_ptr();
   if (needs.state && call.has_c()) problem.d_c0 = d_c0.data_ptr();
-  call.run(call.kernels->backward[int(call.dtype)], problem, call.plan(cpu::plan_backward));
+  call.run(problem);
   return {std::move(d_input), std::move(d_h0), std::move(d_c0), std::move(d_weights)};
 }
 
@@ -845,6 +897,13 @@ Gradients backward_controlled(const MaybeTensor& d_output, const MaybeTensor& d_
 }  // namespace
 }  // namespace fused_rnn
 
+// The emulator's library stands beside the real one in a process.
+#ifdef FUSED_RNN_EMULATE
+#define FUSED_RNN_LIBRARY fused_rnn_emu
+#else
+#define FUSED_RNN_LIBRARY fused_rnn
+#endif
+
 #define FUSED_RNN_QUESTION                                                                  \
   "str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, " \
   "int num_layers, bool bidirectional, bool batch_first"
@@ -859,7 +918,7 @@ Gradients backward_controlled(const MaybeTensor& d_output, const MaybeTensor& d_
 #define FUSED_RNN_RESULTS "Tensor output, Tensor h_n, Tensor c_n"
 #define FUSED_RNN_GRADIENTS "Tensor d_input, Tensor d_h0, Tensor d_c0, Tensor[] d_weights"
 
-STABLE_TORCH_LIBRARY(fused_rnn, m) {
+STABLE_TORCH_LIBRARY(FUSED_RNN_LIBRARY, m) {
   m.def("inference(" FUSED_RNN_QUESTION ") -> (" FUSED_RNN_RESULTS ")");
   m.def("inference.controlled(" FUSED_RNN_QUESTION ", " FUSED_RNN_CONTROLS
         ") -> (" FUSED_RNN_RESULTS ", Tensor all_c)");
@@ -876,14 +935,27 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
         ", " FUSED_RNN_NEEDS ", " FUSED_RNN_CONTROLS ") -> (" FUSED_RNN_GRADIENTS ")");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+namespace {
+template <class Library>
+void register_scans(Library& m) {
   m.impl("inference", TORCH_BOX(&fused_rnn::inference));
   m.impl("inference.controlled", TORCH_BOX(&fused_rnn::inference_controlled));
-  m.impl("pack", TORCH_BOX(&fused_rnn::pack));
-  m.impl("frozen", TORCH_BOX(&fused_rnn::frozen));
-  m.impl("frozen.controlled", TORCH_BOX(&fused_rnn::frozen_controlled));
   m.impl("forward", TORCH_BOX(&fused_rnn::forward));
   m.impl("forward.controlled", TORCH_BOX(&fused_rnn::forward_controlled));
   m.impl("backward", TORCH_BOX(&fused_rnn::backward));
   m.impl("backward.controlled", TORCH_BOX(&fused_rnn::backward_controlled));
 }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_LIBRARY, CPU, m) {
+  register_scans(m);
+  m.impl("pack", TORCH_BOX(&fused_rnn::pack));
+  m.impl("frozen", TORCH_BOX(&fused_rnn::frozen));
+  m.impl("frozen.controlled", TORCH_BOX(&fused_rnn::frozen_controlled));
+}
+
+#ifdef FUSED_RNN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(FUSED_RNN_LIBRARY, CUDA, m) {
+  register_scans(m);
+}
+#endif

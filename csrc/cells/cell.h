@@ -44,10 +44,19 @@ struct CellDefaults {
   //                                 called after backward: the gradients that wait for that of the
   //                                 operand are written to dx and dh, or added to d_prev
   static constexpr int kFirstGates = 0;
+
+  // Layer normalisation of the two products, before the biases are added: of this many gates
+  // together, and of the others together. The cell is given x and h as they are after it.
+  static constexpr int kNormGates = 0;
+  // The operand is not multiplied but normalised. All gates are first ones, forward is given
+  // h[0], the operand normalised, and h[1], as it was, and backward writes their gradients to dh.
+  static constexpr bool kNormedOperand = false;
 };
 
 template <class C>
-constexpr bool kTwoProducts = C::kFirstGates > 0;
+constexpr bool kHasOperand = C::kFirstGates > 0;
+template <class C>
+constexpr bool kTwoProducts = kHasOperand<C> && !C::kNormedOperand;
 
 template <class C, class V>
 concept CellOver = requires(const V* in, V* out) {
@@ -68,7 +77,9 @@ concept Cell = __is_empty(C) && CellOver<C, float> && CellOver<C, double> && req
   static_cast<bool>(C::kSumsGates);
   static_cast<bool>(C::kRecurrent);
   requires C::kGates > 0 && C::kStates > 0 && C::kSaved >= 0 && C::kDiagonals >= 0;
-  requires C::kFirstGates == 0 || (C::kFirstGates < C::kGates&& OperandOver<C, float>);
+  requires C::kFirstGates == 0 || OperandOver<C, float>;
+  requires C::kFirstGates < C::kGates + C::kNormedOperand;
+  requires C::kNormGates >= 0 && C::kNormGates <= C::kGates;
 };
 
 }  // namespace fused_rnn

@@ -109,6 +109,13 @@ struct GRUResetBefore : CellDefaults {
   }
 };
 
-static_assert(Cell<GRU> && Cell<GRUResetBefore>);
+// GRU with layer normalisation (Ba, Kiros and Hinton, 2016): W_ih x and W_hh h are normalised
+// before the biases are added, r and z together and n by itself.
+struct LayerNormGRU : GRU {
+  static constexpr const char* kName = "layer_norm_gru";
+  static constexpr int kNormGates = 2;
+};
+
+static_assert(Cell<GRU> && Cell<GRUResetBefore> && Cell<LayerNormGRU>);
 
 }  // namespace fused_rnn

@@ -153,6 +153,74 @@ struct CoupledLSTM : CellDefaults {
   }
 };
 
-static_assert(Cell<LSTM> && Cell<PeepholeLSTM> && Cell<CoupledLSTM>);
+// LSTM with layer normalisation (Ba, Kiros and Hinton, 2016): W_ih x and W_hh h are normalised
+// before the biases are added, each over all gates, and so is c' where h' sees it.
+//
+//   i, f, g, o as in LSTM
+//   c' = f c + i g
+//   h' = o tanh(norm(c'))
+struct LayerNormLSTM : CellDefaults {
+  static constexpr const char* kName = "layer_norm_lstm";
+  enum Gate { I, F, G, O };
+  enum State { H, C };
+  enum Normed { kNormed, kAsItWas };  // c' as forward gets it
+  enum Saved { kTanh = 4 };           // of the normalised c', after the activated gates
+  static constexpr int kGates = 4;
+  static constexpr int kNormGates = 4;
+  static constexpr int kFirstGates = 4;
+  static constexpr bool kNormedOperand = true;
+  static constexpr int kStates = 2;
+  static constexpr int kSaved = 5;
+  static constexpr bool kSumsGates = true;
+
+  template <class V>
+  FUSED_RNN_HD static V operand(const V* x, const V* h, const V* prev, V* first) {
+    first[I] = math::sigmoid(x[I] + h[I]);
+    first[F] = math::sigmoid(x[F] + h[F]);
+    first[G] = math::tanh(x[G] + h[G]);
+    first[O] = math::sigmoid(x[O] + h[O]);
+    return saved_operand(first, prev);
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* /*prev*/,
+                                   V* state, V* saved) {
+    const V tanh_c = math::tanh(h[kNormed]);
+    for (int g = 0; g < kGates; ++g) saved[g] = x[g];
+    saved[kTanh] = tanh_c;
+    state[H] = x[O] * tanh_c;
+    state[C] = h[kAsItWas];
+  }
+
+  template <class V>
+  FUSED_RNN_HD static V saved_operand(const V* saved, const V* prev) {
+    return saved[F] * prev[C] + saved[I] * saved[G];
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* /*prev*/,
+                                    const V* /*state*/, const V* d_state, V* dx, V* dh, V* d_prev,
+                                    V* /*dw*/) {
+    const V o = saved[O], tanh_c = saved[kTanh];
+    const V d = d_state[H];
+    dx[O] = d * tanh_c * o * (1 - o);
+    dh[kAsItWas] = d_state[C];
+    dh[kNormed] = d * o * (1 - tanh_c) * (1 + tanh_c);
+    d_prev[H] = V{};
+    d_prev[C] = V{};
+  }
+
+  template <class V>
+  FUSED_RNN_HD static void operand_backward(const V* saved, const V* prev, V dc, V* dx, V* /*dh*/,
+                                            V* d_prev) {
+    const V i = saved[I], f = saved[F], g = saved[G];
+    dx[I] = dc * g * i * (1 - i);
+    dx[F] = dc * prev[C] * f * (1 - f);
+    dx[G] = dc * i * (1 - g) * (1 + g);
+    d_prev[C] += dc * f;
+  }
+};
+
+static_assert(Cell<LSTM> && Cell<PeepholeLSTM> && Cell<CoupledLSTM> && Cell<LayerNormLSTM>);
 
 }  // namespace fused_rnn

@@ -2,6 +2,7 @@
 // tests.
 #pragma once
 
+#include "../core/problem.h"
 #include "gru.h"
 #include "lstm.h"
 #include "rnn.h"
@@ -11,8 +12,14 @@ namespace fused_rnn {
 template <Cell... Cs>
 struct TypeList {};
 
-using Cells = TypeList<LSTM, PeepholeLSTM, CoupledLSTM, GRU, GRUResetBefore, RNNTanh, RNNRelu,
-                       IndRNNTanh, IndRNNRelu>;
+using Cells = TypeList<LSTM, PeepholeLSTM, CoupledLSTM, LayerNormLSTM, GRU, GRUResetBefore,
+                       LayerNormGRU, RNNTanh, RNNRelu, IndRNNTanh, IndRNNRelu>;
+
+template <Cell C>
+FUSED_RNN_INLINE constexpr CellInfo info_of() {
+  return {C::kName,       C::kGates,     C::kStates,    C::kSaved,     C::kDiagonals,
+          C::kFirstGates, C::kRecurrent, C::kSumsGates, C::kNormGates, C::kNormedOperand};
+}
 
 FUSED_RNN_INLINE constexpr bool same_name(const char* a, const char* b) {
   while (*a != '\0' && *a == *b) {

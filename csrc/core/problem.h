@@ -28,8 +28,14 @@ struct CellInfo {
   int first_gates;
   bool recurrent;
   bool sums_gates;
+  int norm_gates;
+  bool normed_operand;
 
-  bool two_products() const { return first_gates > 0; }
+  bool two_products() const { return first_gates > 0 && !normed_operand; }
+  // Gains of the gates from x and of those from h, then gain and shift of the operand.
+  int gains() const { return norm_gates ? 2 * gates + 2 * normed_operand : 0; }
+  // Parameters of a unit besides its rows of the matrices and the biases.
+  int unit_weights() const { return diagonals + gains(); }
 };
 
 // The rows (t, b) of a batch of sequences, numbered in time-major order. Ragged batches are sorted
@@ -71,7 +77,7 @@ struct Weights {
   const void* bias_ih = nullptr;  // [G*H]
   const void* bias_hh = nullptr;  // [G*H]
   const void* hr = nullptr;       // [R, H], the projection
-  const void* diag = nullptr;     // [P*H], recurrent weights of units to themselves
+  const void* diag = nullptr;     // [P*H], recurrent weights of units to themselves, and gains
   // All of them in one block, packed beforehand (cpu/packed.h). The others are then not read; that
   // hr is there still tells of a projection.
   const void* packed = nullptr;
@@ -124,9 +130,11 @@ struct Stack {
 };
 
 // Values kept for backward per unit and row: the states, what the cell saves, and where they are
-// not the states the cell's own results: h before a projection, h and c before zoneout.
+// not the states the cell's own results: h before a projection, h and c before zoneout. Where gates
+// are normalised, at last the products from x and those from h, before that.
 FUSED_RNN_INLINE int64_t saved_slots(const Stack& stack, const CellInfo& cell) {
-  return cell.states + cell.saved + (stack.projected() ? 1 : stack.zoned() ? cell.states : 0);
+  const int own = stack.projected() ? 1 : stack.zoned() ? cell.states : 0;
+  return cell.states + cell.saved + own + (cell.norm_gates ? 2 * cell.gates : 0);
 }
 
 struct ForwardProblem : Stack {

@@ -29,7 +29,8 @@ class BackwardScan : Scan<BackwardProblem> {
         G_(cell.info.gates),
         first_gates_(info_.two_products() ? info_.first_gates : G_),
         block_rows_(largest_part(problem.steps, plan.blocks)),
-        ldg_((G_ + info_.diagonals) * Hp_ + kSkew) {}
+        bias_gate_(info_.norm_gates ? G_ + info_.unit_weights() : 0),
+        ldg_((G_ + info_.unit_weights() + (info_.norm_gates ? G_ : 0)) * Hp_ + kSkew) {}
 
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
@@ -50,7 +51,7 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.packed_hh = arena.take<W>(pack_hh && info_.recurrent ? first_gates_ * packed_H * Rp_ : 0);
       dir.packed_second = arena.take<W>(pack_hh ? second_gates() * packed_H * Rp_ : 0);
       dir.packed_hr = arena.take<W>(pack_hh && p_.projected() ? packed_rows<W>(Rp_) * Hp_ : 0);
-      dir.diag = arena.take<A>(info_.diagonals * Hp_);
+      dir.diag = arena.take<A>(info_.unit_weights() * Hp_);
       dir.zeros = arena.take<A>(p_.reset.data ? Hp_ : 0);
       dir.h0 = arena.take<A>(steps_.B * Rp_);
       dir.c0 = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
@@ -62,12 +63,13 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.d_c0 = arena.take<A>(adds_up && has_c() ? steps_.B * Hp_ : 0);
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       dir.d_masked = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
-      dir.d_operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
+      dir.d_operand = arena.take<A>(steps_.B * operand_size());
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
-      dir.gates_h = info_.sums_gates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
+      const bool same_gates = info_.sums_gates && !info_.norm_gates;
+      dir.gates_h = same_gates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
       if constexpr (kRounds) {
         dir.operand_x = arena.take<O>(chunk_rows * ldg_);
-        dir.operand_h = info_.sums_gates ? dir.operand_x : arena.take<O>(chunk_rows * ldg_);
+        dir.operand_h = same_gates ? dir.operand_x : arena.take<O>(chunk_rows * ldg_);
         dir.operand_r = arena.take<O>(p_.projected() ? steps_.B * Rp_ : 0);
       } else {
         dir.operand_x = dir.gates_x;
@@ -80,7 +82,7 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.unprojected = arena.take<A>(weights && p_.projected() ? chunk_rows * Hp_ : 0);
       dir.d_unprojected = arena.take<A>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.d_projected = arena.take<A>(p_.projected() ? chunk_rows * (Rp_ + kSkew) : 0);
-      dir.d_bias_ih = arena.take<A>(weights ? (G_ + info_.diagonals) * Hp_ : 0);
+      dir.d_bias_ih = arena.take<A>(weights ? (G_ + info_.unit_weights()) * Hp_ : 0);
       dir.d_bias_hh = arena.take<A>(weights && !info_.sums_gates ? G_ * Hp_ : 0);
       dir.d_ih = arena.take<A>(sums ? G_ * p_.H * widest_ : 0);
       dir.d_hh = arena.take<A>(sums && info_.recurrent ? G_ * p_.H * p_.R : 0);
@@ -125,11 +127,12 @@ class BackwardScan : Scan<BackwardProblem> {
     A* dc;             // [B, Hp]
     A* d_h0;           // [B, Rp]
     A* d_c0;           // [B, Hp]
-    A* d_operand;      // [B, Hp]
-    A* gates_x;        // [chunk rows, ldg]: gradient of W_ih x + b_ih, gates of Hp units one after
-                       // another, and behind them that of the diagonals
-    A* gates_h;        // the same of W_hh h + b_hh
-    O* operand_x;      // what of them is multiplied by weights: the same, or rounded
+    A* d_operand;      // [B, Hp]; of a norm [B, 3, Hp]: normalised, as it was, and its value
+    A* gates_x;    // [chunk rows, ldg]: gradient of W_ih x, gates of Hp units one after another,
+                   // behind them that of diagonals and gains, and where gates are normalised
+                   // that of W_ih x after it, which is that of the bias
+    A* gates_h;    // the same of W_hh h
+    O* operand_x;  // what of them is multiplied by weights: the same, or rounded
     O* operand_h;
     O* operand_r;      // [B, Rp], likewise of dh, where W_hr is multiplied by it
     A* x;              // panels of [chunk rows, I]
@@ -138,7 +141,7 @@ class BackwardScan : Scan<BackwardProblem> {
     A* unprojected;    // panels of [chunk rows, H]: what the projection was applied to
     A* d_unprojected;  // [B, Hp]
     A* d_projected;    // [chunk rows, R + skew]
-    A* d_bias_ih;      // [(G + P)*Hp]
+    A* d_bias_ih;      // [(G + unit weights)*Hp]
     A* d_bias_hh;
     A* d_ih;  // weight gradients before they are rounded to S
     A* d_hh;
@@ -255,7 +258,7 @@ class BackwardScan : Scan<BackwardProblem> {
       pack(w.ih, G_, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
     pack(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
     if (by_units || member.index == 0)
-      pack_diagonals(static_cast<const S*>(w.diag), info_.diagonals, p_.H, member.units.begin,
+      pack_diagonals(static_cast<const S*>(w.diag), info_.unit_weights(), p_.H, member.units.begin,
                      member.units.end, dir.diag);
     if (member.index == 0 && dir.zeros) copy_row<A>(nullptr, 0, Hp_, dir.zeros);
   }
@@ -341,8 +344,11 @@ class BackwardScan : Scan<BackwardProblem> {
     }
     if (p_.projected()) unproject(task, member.rows.begin, end, chunk, t);
 
-    for (int64_t b = member.rows.begin; b < end; ++b)
-      cell_.backward(row_of_step(task, member, chunk, t, b));
+    for (int64_t b = member.rows.begin; b < end; ++b) {
+      const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
+      cell_.backward(at);
+      if (info_.norm_gates) through_norms(at);
+    }
     round_gates(task, member, chunk, t, info_.two_products() ? first_gates_ : 0, G_);
   }
 
@@ -361,8 +367,41 @@ class BackwardScan : Scan<BackwardProblem> {
             }
       };
       round(dir.gates_x, dir.operand_x);
-      if (!info_.sums_gates) round(dir.gates_h, dir.operand_h);
+      if (dir.operand_h != dir.operand_x) round(dir.gates_h, dir.operand_h);
     }
+  }
+
+  int64_t operand_size() const {
+    return info_.normed_operand ? 3 * Hp_ : info_.two_products() ? Hp_ : 0;
+  }
+
+  // From the gradients of normalised gates to those of the products. What they were becomes the
+  // gradient of the biases.
+  void through_norms(const BackwardRow<A>& at) const {
+    A* const d_gains = at.gates_x + (G_ + info_.diagonals) * Hp_;
+    const A* const gains = at.w + info_.diagonals * Hp_;
+    const A* const raw = at.states + (slots_ - 2 * G_) * Hp_;
+    const int64_t gates = G_ * Hp_;
+    if (info_.normed_operand) {
+      A* normed = at.d_operand;
+      A* as_it_was = normed + Hp_;
+      A* operand = as_it_was + Hp_;
+      for (int64_t u = 0; u < Hp_; u += L) cell_.saved_operand(at, u, operand + u);
+      copy_row(normed, Hp_, Hp_, d_gains + 2 * gates + Hp_);  // the shift's
+      normalise_backward(GatesInSlots<A>{0, 1, Hp_}, p_.H, operand, gains + 2 * gates, normed,
+                         normed, d_gains + 2 * gates);
+      for (int64_t u = 0; u < Hp_; u += L)
+        store(normed + u, load(normed + u) + load(as_it_was + u));
+      cell_.operand_backward(at);
+    }
+    A* const dx = at.gates_x + bias_gate_ * Hp_;
+    A* const dh = at.gates_h + bias_gate_ * Hp_;
+    copy_row(at.gates_x, gates, gates, dx);
+    copy_row(info_.sums_gates ? at.gates_x : at.gates_h, gates, gates, dh);
+    each_norm(GatesInSlots<A>{0, 0, Hp_}, [&](const GatesInSlots<A>& group) {
+      normalise_backward(group, p_.H, raw, gains, dx, at.gates_x, d_gains);
+      normalise_backward(group, p_.H, raw + gates, gains + gates, dh, at.gates_h, d_gains + gates);
+    });
   }
 
   BackwardRow<A> row_of_step(const Task& task, const Member& member, const Chunk& chunk, int64_t t,
@@ -393,7 +432,7 @@ class BackwardScan : Scan<BackwardProblem> {
                           task.plane * p_.zoneout_plane + p_.zoneout_mask.at(steps_, t, b);
       at.zoneout_state = at.valid = p_.H;
     }
-    at.d_operand = dir.d_operand ? dir.d_operand + b * Hp_ : nullptr;
+    at.d_operand = dir.d_operand ? dir.d_operand + b * operand_size() : nullptr;
     return at;
   }
 
@@ -559,7 +598,8 @@ class BackwardScan : Scan<BackwardProblem> {
           });
         }
         if (p_.projected()) {
-          const A* m = saved_row(task.plane, steps_.offset(t) + b) + (slots_ - 1) * Hp_;
+          const A* m =
+              saved_row(task.plane, steps_.offset(t) + b) + (info_.states + info_.saved) * Hp_;
           stage_row(Hp_, rows, row, dir.unprojected, [&](int64_t i) { return load(m + i); });
         }
       }
@@ -599,10 +639,11 @@ class BackwardScan : Scan<BackwardProblem> {
         outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
                       dir.d_projected, Rp_ + kSkew, dir.unprojected, p_.H, out);
       });
-    const int end = G_ + info_.diagonals;
-    sum_rows(chunk, units, grads.bias_ih ? 0 : G_, end, dir.gates_x, dir.d_bias_ih);
-    if (grads.bias_ih && !info_.sums_gates)
-      sum_rows(chunk, units, 0, G_, dir.gates_h, dir.d_bias_hh);
+    sum_rows(chunk, units, dir.gates_x + G_ * Hp_, info_.unit_weights(), dir.d_bias_ih + G_ * Hp_);
+    if (!grads.bias_ih) return;
+    sum_rows(chunk, units, dir.gates_x + bias_gate_ * Hp_, G_, dir.d_bias_ih);
+    if (!info_.sums_gates)
+      sum_rows(chunk, units, dir.gates_h + bias_gate_ * Hp_, G_, dir.d_bias_hh);
   }
 
   // out[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`.
@@ -658,13 +699,12 @@ class BackwardScan : Scan<BackwardProblem> {
     });
   }
 
-  // out += the sum of the chunk's rows. Blocks are summed first: a bias is a sum over all rows,
-  // with no product to hide behind, and one long row of additions loses more digits than torch
-  // does.
-  void sum_rows(const Chunk& chunk, Range units, int first_gate, int end_gate, const A* gates,
-                A* out) const {
+  // out[count, Hp] += the sum of the chunk's rows. Blocks are summed first: a bias is a sum over
+  // all rows, with no product to hide behind, and one long row of additions loses more digits than
+  // torch does.
+  void sum_rows(const Chunk& chunk, Range units, const A* gates, int count, A* out) const {
     constexpr int64_t kBlock = 8;
-    for (int g = first_gate; g < end_gate; ++g)
+    for (int g = 0; g < count; ++g)
       for (int64_t u = units.begin; u < units.end; u += L) {
         Vector<A> sum{};
         for (int64_t first = 0; first < chunk.rows(); first += kBlock) {
@@ -759,7 +799,7 @@ class BackwardScan : Scan<BackwardProblem> {
     const Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
-    for (int p = 0; p < info_.diagonals; ++p)
+    for (int p = 0; p < info_.unit_weights(); ++p)
       store_row(dir.d_bias_ih + (G_ + p) * Hp_, units.begin, units.end, p_.H,
                 static_cast<S*>(grads.diag) + p * p_.H);
     if (grads.bias_ih)
@@ -793,6 +833,7 @@ class BackwardScan : Scan<BackwardProblem> {
   const int G_;
   const int first_gates_;     // those that W_hh h adds to
   const int64_t block_rows_;  // sequences of a block, at most
+  const int bias_gate_;       // where the gradients of the biases stand in a row of them
   const int64_t ldg_;         // of the gate gradients
   Direction* directions_;     // [slots of work]
   A* between_;                // [betweens, N, D*R]: gradient of a layer's output

@@ -2,7 +2,7 @@
 // are compiled once for each storage type and not for each cell.
 #pragma once
 
-#include "../cells/cell.h"
+#include "../cells/registry.h"
 #include "../core/problem.h"
 #include "simd.h"
 
@@ -26,7 +26,9 @@ struct ForwardStep {
   O* own;          // the cell's own h where a projection follows, else null
   O* operand;      // of the second product, where there is one
   int64_t ld_own;  // of both
-  S* y;            // the output
+  A* normed;       // the operand of a norm, normalised, and one slot further as it was
+  int64_t ld_normed;
+  S* y;  // the output
   int64_t ldy;
   const int64_t* y_order;  // of rows in y, null where they follow one another
   const int64_t* order;    // of rows in the caller's tensors, likewise
@@ -53,7 +55,7 @@ struct Tile {
   int64_t unit;
   int vectors;           // of units
   int64_t x_at, x_gate;  // where the first unit stands in a row of x, and how far its gates
-  const A* h;            // pre-activations from h, at the first row and unit
+  const A* h;            // pre-activations from h, or a normed operand, at the first row and unit
   int64_t ldh, h_gate;
 };
 
@@ -71,7 +73,7 @@ struct BackwardRow {
   A* dc;               // the same of c
   A* gates_x;          // gradients of the pre-activations, and behind them those of w
   A* gates_h;          // the same pointer where x and h are summed
-  const A* d_operand;  // of the second product, where there is one
+  A* d_operand;        // of the second product, where there is one; of a norm like the operand
   const A* own;        // the cell's own states where zoneout made others of them, else null
   A zoneout[2];
   const uint8_t* zoneout_mask;
@@ -84,7 +86,7 @@ struct CellRows {
   using A = Accumulate<S>;
   CellInfo info;
   void (*forward)(const ForwardStep<S>&, const Tile<A>&);
-  void (*operand)(const ForwardStep<S>&, const Tile<A>&);  // null for a cell with one product
+  void (*operand)(const ForwardStep<S>&, const Tile<A>&);  // null for a cell without
   void (*backward)(const BackwardRow<A>&);
   void (*operand_backward)(const BackwardRow<A>&);
   // A vector of the operand, that of unit u, from what was saved.
@@ -137,6 +139,8 @@ void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
         x[g] = load(gx + g * x_gate);
         if (g >= Cell::kFirstGates) h[g] = load(gh + (g - Cell::kFirstGates) * h_gate);
       }
+      if constexpr (Cell::kNormedOperand)
+        for (int i = 0; i < 2; ++i) h[i] = load(gh + i * h_gate);
       prev[0] = before ? load(before) : V{};
       if constexpr (Cell::kStates > 1) prev[1] = load(c);
       Cell::forward(x, h, w, prev, state, saved);
@@ -196,8 +200,14 @@ void operand_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
         x[g] = load(gx + g * tile.x_gate);
         h[g] = load(gh + g * tile.h_gate);
       }
-      const V prev[] = {load(step.before + row * step.ld_state + u)};
-      store(step.operand + row * step.ld_own + u, Cell::operand(x, h, prev, first));
+      V prev[Cell::kStates];
+      prev[0] = step.before ? load(step.before + row * step.ld_state + u) : V{};
+      if constexpr (Cell::kStates > 1) prev[1] = load(step.c + row * step.ldc + u);
+      const V operand = Cell::operand(x, h, prev, first);
+      if constexpr (Cell::kNormedOperand)
+        store(step.normed + row * step.ld_normed + step.slot + u, operand);
+      else
+        store(step.operand + row * step.ld_own + u, operand);
 #pragma GCC unroll 8
       for (int g = 0; g < F; ++g) store(gx + g * tile.x_gate, first[g]);
     }
@@ -245,6 +255,8 @@ void backward_row(const BackwardRow<A>& at) {
       store(at.gates_x + g * at.slot + u, dx[g]);
       if constexpr (!Cell::kSumsGates) store(at.gates_h + g * at.slot + u, dh[g]);
     }
+    if constexpr (Cell::kNormedOperand)
+      for (int i = 0; i < 2; ++i) store(at.d_operand + i * at.slot + u, dh[i]);
     for (int p = 0; p < Cell::kDiagonals; ++p) store(at.gates_x + (G + p) * at.slot + u, dw[p]);
     store(at.dh + u, at.own ? d_prev[0] + kept[0] : d_prev[0]);
     if constexpr (Cell::kStates > 1) store(at.dc + u, at.own ? d_prev[1] + kept[1] : d_prev[1]);
@@ -255,16 +267,19 @@ template <class Cell, class A>
 void operand_backward_row(const BackwardRow<A>& at) {
   using V = Vector<A>;
   constexpr int G = Cell::kGates;
-  static_assert(Cell::kSumsGates && Cell::kStates == 1);
+  static_assert(Cell::kSumsGates);
   for (int64_t u = at.begin; u < at.end; u += kLanes<A>) {
-    V saved[Cell::kSaved + 1], prev[1], dx[G], d_prev[] = {load(at.dh + u)};
+    V saved[Cell::kSaved + 1], prev[Cell::kStates], dx[G], d_prev[Cell::kStates];
     load_before<Cell>(at, u, saved, prev);
+    d_prev[0] = load(at.dh + u);
+    if constexpr (Cell::kStates > 1) d_prev[1] = load(at.dc + u);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) dx[g] = load(at.gates_x + g * at.slot + u);
     Cell::operand_backward(saved, prev, load(at.d_operand + u), dx, dx, d_prev);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) store(at.gates_x + g * at.slot + u, dx[g]);
     store(at.dh + u, d_prev[0]);
+    if constexpr (Cell::kStates > 1) store(at.dc + u, d_prev[1]);
   }
 }
 
@@ -275,18 +290,12 @@ void saved_operand(const BackwardRow<A>& at, int64_t u, A* operand) {
   store(operand, Cell::saved_operand(saved, prev));
 }
 
-template <class Cell>
-constexpr CellInfo info_of() {
-  return {Cell::kName,      Cell::kGates,      Cell::kStates,    Cell::kSaved,
-          Cell::kDiagonals, Cell::kFirstGates, Cell::kRecurrent, Cell::kSumsGates};
-}
-
 template <class Cell, class S>
 constexpr CellRows<S> rows_of_cell() {
   using A = Accumulate<S>;
   CellRows<S> rows{info_of<Cell>(), forward_rows<Cell, S>, nullptr, backward_row<Cell, A>, nullptr,
                    nullptr};
-  if constexpr (kTwoProducts<Cell>) {
+  if constexpr (kHasOperand<Cell>) {
     rows.operand = operand_rows<Cell, S>;
     rows.operand_backward = operand_backward_row<Cell, A>;
     rows.saved_operand = saved_operand<Cell, A>;

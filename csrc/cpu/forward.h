@@ -13,6 +13,7 @@ class ForwardScan : Scan<ForwardProblem> {
   using W = Packed<S>;
   static constexpr int L = kLanes<A>;
   static constexpr int kPanelWidth = kMaxVectors * L;
+  alignas(64) static constexpr A kZeros[2 * kPanelWidth] = {};  // a bias
 
  public:
   ForwardScan(const CellRows<S>& cell, const ForwardProblem& problem, const Plan& plan)
@@ -32,6 +33,8 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<O>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.operand = arena.take<O>(info_.two_products() ? steps_.B * Hp_ : 0);
+      dir.normed = arena.take<A>(info_.normed_operand ? steps_.B * 2 * Hp_ : 0);
+      dir.gates_h = arena.take<A>(info_.norm_gates ? steps_.B * G_ * Hp_ : 0);
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       for (O*& masked : dir.masked) masked = arena.take<O>(p_.h_mask ? steps_.B * Rp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
@@ -63,6 +66,8 @@ class ForwardScan : Scan<ForwardProblem> {
     A* c;                     // [B, Hp]
     O* unprojected;           // [B, Hp]
     O* operand;               // [B, Hp], of the second product
+    A* normed;                // [B, 2, Hp]: the operand of a norm, normalised and not
+    A* gates_h;               // [B, G*Hp] in panel order, where they are normalised
     A* h_mask;                // [B, Rp]
     O* masked[2];             // [B, Rp]: h times its mask
     A* gates_x;               // [members, chunk rows, G*Hp] in panel order
@@ -224,13 +229,34 @@ class ForwardScan : Scan<ForwardProblem> {
     }
 
     A* gates = gates_x(task, member);
-    for_panels_at_once<A>(task.packed.ih ? rows : 0, G_, member.units.begin, member.units.end,
-                          [&](int64_t unit, int vectors, int panels) {
-                            product(G_, rows, task.I, x, ldx,
-                                    static_cast<const S*>(task.weights.ih), p_.H, task.packed.ih,
-                                    unit, vectors, panels, task.packed.bias_ih + unit * G_,
-                                    gates + unit * G_, G_ * Hp_);
-                          });
+    for_panels_at_once<A>(
+        task.packed.ih ? rows : 0, G_, member.units.begin, member.units.end,
+        [&](int64_t unit, int vectors, int panels) {
+          const A* bias = info_.norm_gates ? kZeros : task.packed.bias_ih + unit * G_;
+          product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
+                  task.packed.ih, unit, vectors, panels, bias, gates + unit * G_, G_ * Hp_);
+        });
+    if (!info_.norm_gates) return;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t m = 0; m < offsets[i + 1] - offsets[i]; ++m)
+        normalise_gates(gates + (offsets[i] + m) * G_ * Hp_, task.packed.gain_ih,
+                        task.packed.bias_ih,
+                        saved_row(task, first + i, member.rows.begin + m, slots_ - 2 * G_));
+  }
+
+  // A row of products, in panel order, becomes the pre-activations. Keeps what it was in `raw`.
+  void normalise_gates(A* row, const A* gain, const A* shift, A* raw) const {
+    each_norm(GatesInPanels<A>{0, 0, G_, Hp_}, [&](const GatesInPanels<A>& gates) {
+      if (raw)
+        gates.each([&](int64_t at, int g, int64_t u) { store(raw + g * Hp_ + u, load(row + at)); });
+      normalise(gates, p_.H, row, gain, shift, row);
+    });
+  }
+
+  // Null in inference.
+  A* saved_row(const Task& task, int64_t t, int64_t b, int64_t slot) const {
+    const int64_t row = (task.layer * p_.dirs + task.d) * steps_.N + steps_.offset(t) + b;
+    return p_.saved ? static_cast<A*>(p_.saved) + (row * slots_ + slot) * Hp_ : nullptr;
   }
 
   static void stage(const S* src, int64_t n, O* dst) {
@@ -267,6 +293,8 @@ class ForwardScan : Scan<ForwardProblem> {
     at.own = row_of_state(dir.unprojected, Hp_);
     at.operand = row_of_state(dir.operand, Hp_);
     at.ld_own = Hp_;
+    at.normed = row_of_state(dir.normed, 2 * Hp_);
+    at.ld_normed = 2 * Hp_;
     at.ldy = task.output.stride_b;
     at.order = steps_.order ? steps_.order + first : nullptr;
     at.y_order = task.output.packed ? nullptr : at.order;
@@ -307,9 +335,7 @@ class ForwardScan : Scan<ForwardProblem> {
     if (p_.zoneout_mask.data)
       at.zoneout_mask = static_cast<const uint8_t*>(p_.zoneout_mask.data) +
                         plane * p_.zoneout_plane + row_of_tensor(p_.zoneout_mask);
-    if (p_.saved)
-      at.saved =
-          static_cast<A*>(p_.saved) + (plane * steps_.N + steps_.offset(t) + first) * slots_ * Hp_;
+    at.saved = saved_row(task, t, first, 0);
     return at;
   }
 
@@ -324,6 +350,7 @@ class ForwardScan : Scan<ForwardProblem> {
                             [&](int64_t unit, int vectors, int panels) {
                               panel(task, member, at, rows, parity, which, unit, vectors, panels);
                             });
+      if (info_.norm_gates) normed_step(task, member, at, rows, t);
       if (p_.projected()) project(task, at, rows);
     }
     if (which == 1 || !info_.two_products())
@@ -336,8 +363,14 @@ class ForwardScan : Scan<ForwardProblem> {
     const Direction& dir = *task.dir;
     const auto& r = task.packed.recurrent[which];
     const int64_t width = int64_t(r.gates) * vectors * L;
-    const A* bias = r.bias + unit * r.gates;
+    const A* bias = info_.norm_gates ? kZeros : r.bias + unit * r.gates;
     const auto cell = [&](int64_t m, int64_t height, const A* gates_h, int64_t ldh) {
+      if (info_.norm_gates) {
+        A* row = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
+        for (int64_t i = 0; i < height; ++i)
+          copy_row(gates_h + i * ldh, panels * width, panels * width, row + i * G_ * Hp_);
+        return;
+      }
       for (int p = 0; p < panels; ++p)
         apply_cell(member, at, m, height, which, unit + p * vectors * L, vectors,
                    gates_h + p * width, ldh);
@@ -364,6 +397,41 @@ class ForwardScan : Scan<ForwardProblem> {
     }
   }
 
+  // The cell, where it waits for the products of all units.
+  void normed_step(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
+                   int64_t t) const {
+    const Direction& dir = *task.dir;
+    const int64_t ldh = G_ * Hp_;
+    const auto each_panel = [&](int64_t m, int64_t height, auto body) {
+      for_panels<A>(G_, 0, Hp_, [&](int64_t unit, int vectors) {
+        const A* h = dir.gates_h + (member.rows.begin + m) * ldh + unit * G_;
+        body(Tile<A>{m, height, unit, vectors, unit * G_, vectors * L, h, ldh, vectors * L});
+      });
+    };
+    const A* gain = task.packed.diag + (info_.diagonals + 2 * G_) * Hp_;
+    for (int64_t m = 0; m < rows; m += kMaxRows) {  // while they are in L1
+      const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+      for (int64_t b = member.rows.begin + m; b < member.rows.begin + m + height; ++b)
+        normalise_gates(dir.gates_h + b * ldh, task.packed.gain_hh, task.packed.recurrent[0].bias,
+                        saved_row(task, t, b, slots_ - G_));
+      if (!info_.normed_operand) {
+        each_panel(m, height, [&](const Tile<A>& tile) { cell_.forward(at, tile); });
+        continue;
+      }
+      each_panel(m, height, [&](const Tile<A>& tile) { cell_.operand(at, tile); });
+      for (int64_t i = m; i < m + height; ++i) {
+        A* normed = at.normed + i * at.ld_normed;
+        normalise(GatesInSlots<A>{0, 1, Hp_}, p_.H, normed + Hp_, gain, gain + Hp_, normed);
+      }
+      each_panel(m, height, [&](Tile<A> tile) {
+        tile.h = at.normed + m * at.ld_normed + tile.unit;
+        tile.ldh = at.ld_normed;
+        tile.h_gate = Hp_;
+        cell_.forward(at, tile);
+      });
+    }
+  }
+
   void apply_cell(const Member& member, const ForwardStep<S>& at, int64_t m, int64_t height,
                   int which, int64_t unit, int vectors, const A* gates_h, int64_t ldh) const {
     const int64_t gate = vectors * L;
@@ -384,13 +452,12 @@ class ForwardScan : Scan<ForwardProblem> {
   // h = W_hr (o tanh c), for an LSTM with projection.
   void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
     alignas(64) A projected[kMaxRows * kPanelWidth];
-    alignas(64) const A zeros[2 * kPanelWidth] = {};
     const int64_t at_once = task.packed.hr ? rows : 0;
     for_panels_at_once<A>(at_once, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels) {
       for (int64_t m = 0; m < rows; m += kMaxRows) {
         const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
         product(1, height, p_.H, at.own + m * Hp_, Hp_, static_cast<const S*>(task.weights.hr),
-                p_.R, task.packed.hr, unit, vectors, panels, zeros, projected, vectors * L);
+                p_.R, task.packed.hr, unit, vectors, panels, kZeros, projected, vectors * L);
         for (int64_t i = m; i < m + height; ++i)
           for (int v = 0; v < panels * vectors; ++v) {
             const int64_t u = unit + v * L;

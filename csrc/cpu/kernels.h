@@ -29,7 +29,9 @@ void cell_forward(int64_t n, const A* x, const A* h, const A* w, const A* prev, 
     load_all(vh, Cell::kGates, h, n, i);
     load_all(vw, Cell::kDiagonals, w, n, i);
     load_all(vprev, Cell::kStates, prev, n, i);
-    if constexpr (kTwoProducts<Cell>) {
+    if constexpr (Cell::kNormedOperand) {
+      vh[0] = vh[1] = Cell::operand(vx, vh, vprev, vx);
+    } else if constexpr (kTwoProducts<Cell>) {
       const Vector<A> operand = Cell::operand(vx, vh, vprev, vx);
       for (int g = Cell::kFirstGates; g < Cell::kGates; ++g) vh[g] += operand;
     }
@@ -53,8 +55,9 @@ void cell_backward(int64_t n, const A* saved, const A* w, const A* prev, const A
     load_all(vstate, Cell::kStates, state, n, i);
     load_all(vd, Cell::kStates, d_state, n, i);
     Cell::backward(vsaved, vw, vprev, vstate, vd, vdx, vdh, vdprev, vdw);
-    if constexpr (kTwoProducts<Cell>) {
+    if constexpr (kHasOperand<Cell>) {
       Vector<A> d_operand{};
+      if constexpr (Cell::kNormedOperand) d_operand = vdh[0] + vdh[1];
       for (int g = Cell::kFirstGates; g < Cell::kGates; ++g)
         d_operand += Cell::kSumsGates ? vdx[g] : vdh[g];
       Cell::operand_backward(vsaved, vprev, d_operand, vdx, vdh, vdprev);

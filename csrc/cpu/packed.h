@@ -19,11 +19,13 @@ struct PackedWeights {
     A* bias;    // [gates*Hp] in panel order
   };
 
-  W* ih;                   // panels of [I, G*Hp], null where W_ih is read as it is
-  W* hr;                   // panels of [H, Rp]
-  A* bias_ih;              // [G*Hp] in panel order
+  W* ih;       // panels of [I, G*Hp], null where W_ih is read as it is
+  W* hr;       // panels of [H, Rp]
+  A* bias_ih;  // [G*Hp] in panel order
+  A* gain_ih;  // the same, null where nothing is normalised
+  A* gain_hh;
   Recurrent recurrent[2];  // the second has no gates but where a cell has two products
-  A* diag;                 // [P, Hp]
+  A* diag;                 // [P, Hp], gains included
 
   void lay_out(Arena& arena, const CellInfo& cell, const WeightSizes& sizes, bool pack_ih,
                bool pack_hh) {
@@ -40,7 +42,9 @@ struct PackedWeights {
     hr = arena.take<W>(pack_hh && sizes.projected ? pad_units(sizes.R) * packed_rows<W>(sizes.H)
                                                   : 0);
     bias_ih = arena.take<A>(cell.gates * Hp);
-    diag = arena.take<A>(cell.diagonals * Hp);
+    gain_ih = arena.take<A>(cell.norm_gates ? cell.gates * Hp : 0);
+    gain_hh = arena.take<A>(cell.norm_gates ? cell.gates * Hp : 0);
+    diag = arena.take<A>(cell.unit_weights() * Hp);
   }
 
   // Packs those panels of some units for which mine() is true; it is asked once for each, in one
@@ -71,9 +75,18 @@ struct PackedWeights {
           pack_transposed<S>(static_cast<const S*>(w.hr), 1, sizes.R, sizes.H, unit, vectors,
                              hr + unit * packed_rows<W>(sizes.H));
       });
-    if (cell.diagonals && mine())
-      pack_diagonals(static_cast<const S*>(w.diag), cell.diagonals, sizes.H, units.begin, units.end,
-                     diag);
+    if (cell.norm_gates)
+      for_panels<A>(cell.gates, units.begin, units.end, [&](int64_t unit, int vectors) {
+        if (!mine()) return;
+        const S* gains = static_cast<const S*>(w.diag) + cell.diagonals * sizes.H;
+        const int64_t at = unit * cell.gates;
+        pack_bias<S>(gains, cell.gates, sizes.H, unit, vectors, gain_ih + at);
+        pack_bias<S>(gains + cell.gates * sizes.H, cell.gates, sizes.H, unit, vectors,
+                     gain_hh + at);
+      });
+    if (cell.unit_weights() && mine())
+      pack_diagonals(static_cast<const S*>(w.diag), cell.unit_weights(), sizes.H, units.begin,
+                     units.end, diag);
   }
 };
 

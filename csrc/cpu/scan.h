@@ -1,30 +1,14 @@
 // What the forward and the backward scan share: memory, members of a team, rows of sequences.
 #pragma once
 
+#include "../core/arena.h"
 #include "cell_rows.h"
+#include "norm.h"
 #include "pack.h"
 #include "strategy.h"
 #include "team.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
-
-// Hands out pieces of one block, null for nothing. Laid out once without memory to learn the size,
-// then for real.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* p = base_ && count ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 // One thread's share of a direction, for one block of sequences.
 struct Member {
@@ -170,6 +154,17 @@ class Scan {
   }
 
   bool has_c() const { return info_.states > 1; }
+
+  // Calls body(gates) for those that are normalised together.
+  template <class Gates, class Body>
+  void each_norm(Gates gates, Body body) const {
+    const int borders[] = {0, info_.norm_gates, info_.gates};
+    for (int i = 0; i < 2; ++i) {
+      gates.begin = borders[i];
+      gates.end = borders[i + 1];
+      if (gates.begin < gates.end) body(gates);
+    }
+  }
 
   // Of a member's units those that it holds of h: with a projection, all that h has.
   Range units_of_h(Range units) const { return p_.projected() ? Range{0, Rp_} : units; }

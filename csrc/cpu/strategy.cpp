@@ -52,13 +52,15 @@ struct Question {
   const Stack& stack;
   int threads;         // per direction
   int64_t unit_parts;  // units can be divided into
-  double step_us;      // one step of one direction on one thread
-  double all_us;       // the whole stack on one thread
+  bool norms;
+  double step_us;  // one step of one direction on one thread
+  double all_us;   // the whole stack on one thread
 
   Question(const Stack& s, const CellInfo& cell, int in_all, int64_t unit_step, double passes)
       : stack(s),
         threads(std::max(1, in_all / int(s.dirs))),
-        unit_parts(ceil_div(pad_units(s.H), unit_step)) {
+        unit_parts(ceil_div(pad_units(s.H), unit_step)),
+        norms(cell.norm_gates > 0) {
     const int64_t recurrent = cell.recurrent ? s.R : 1;
     const double weights =
         double(cell.gates * s.H) * double(recurrent + s.input_size(s.layers - 1));
@@ -80,6 +82,7 @@ struct Question {
         break;
       case Split::kUnits:
         if (stack.projected()) return "a projection reads all units of a step";
+        if (norms) return "layer normalisation reads all units of a step";
         if (unit_parts < 2) return "there are too few units";
         break;
       case Split::kLayers:

@@ -33,7 +33,7 @@ except ImportError:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fused_rnn.bench",
-        description="Times fused_rnn against its peers on the CPU and leaves a CSV with every "
+        description="Times fused_rnn against its peers and leaves a CSV with every "
         "measurement, a page (.md) and a plot (.png). Exits with 1 if results disagree.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         default=sorted({1, torch.get_num_threads()}),
         help="numbers of threads",
     )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: against torch.nn only")
     add("--dtype", choices=DTYPES, default="float32", help="of input and weights")
     add("--budget", type=float, default=1.0, metavar="SECONDS", help="time per measurement")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
@@ -109,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not ops.available:
             console.print(f"[red]not the times of our kernels: {ops.unavailable_reason}")
         command = shlex.join(["python", "-m", "fused_rnn.bench", *argv])
-        environment = report.Environment.here(command, options.machine, options.peer)
+        machine = options.machine
+        if options.device == "cuda":
+            machine = machine or torch.cuda.get_device_name()
+        environment = report.Environment.here(command, machine, options.peer)
         page = options.out / f"{environment.slug}-{selection(options)}.csv"
         page.parent.mkdir(parents=True, exist_ok=True)
         records, failures = run(todo, environment, page, console)
@@ -143,6 +147,18 @@ class Plan(NamedTuple):
 def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
     """What is to be measured, or why it cannot be."""
     dtype, budget, threads = options.dtype, options.budget, options.threads
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no GPU here"
+        if not ops.has_cuda:
+            return f"there are no kernels for cuda: {ops.cuda_off}"
+        if options.memory or options.suite == "conditions" or options.peer != [TORCH]:
+            return "on a GPU times are measured, and against torch.nn"
+        if FROZEN in options.mode:
+            return "frozen layers run on the CPU"
+        jobs = measure.jobs(shapes, options.mode, options.peer)
+        outcomes = measure.measure_all(jobs, [1], dtype, budget, "cuda")
+        return Plan(Result, len(jobs), outcomes)
     of_one_peer = options.memory or options.suite == "conditions"
     if of_one_peer and options.peer != [TORCH]:
         return "memory and conditions are compared with torch's only"
@@ -184,6 +200,7 @@ def selection(options: argparse.Namespace) -> str:
     words += options.peer if options.peer != [TORCH] else ()
     words += ["memory"] if options.memory else ()
     words += options.mode if set(options.mode) != set(MODES) else ()
+    words += ["cuda"] if options.device == "cuda" else ()
     words += [options.dtype] if options.dtype != "float32" else ()
     words += ["filtered"] if options.filter else ()
     return "-".join(words)

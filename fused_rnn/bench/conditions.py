@@ -61,9 +61,10 @@ VALUES: dict[str, Callable[[float], tuple[float, float, float]]] = {
 
 # By the plain cell that they are compared with.
 BEYOND: dict[str, dict[str, Callable[..., nn.Module]]] = {
-    "LSTM": {"PeepholeLSTM": fused_rnn.PeepholeLSTM},
+    "LSTM": {"PeepholeLSTM": fused_rnn.PeepholeLSTM, "LayerNormLSTM": fused_rnn.LayerNormLSTM},
     "GRU": {
         "CoupledLSTM": fused_rnn.CoupledLSTM,
+        "LayerNormGRU": fused_rnn.LayerNormGRU,
         "GRU(reset_after=False)": partial(fused_rnn.GRU, reset_after=False),
     },
     "RNN": {"IndRNN": fused_rnn.IndRNN},

@@ -74,18 +74,24 @@ def jobs(shapes: Sequence[Shape], modes: Sequence[str], against: Sequence[str]) 
 
 
 def measure_all(
-    jobs: Sequence[Job], threads: Sequence[int], dtype: str, budget: float
+    jobs: Sequence[Job], threads: Sequence[int], dtype: str, budget: float, device: str = "cpu"
 ) -> Iterator[Result | DisagreementError]:
     """Measures every job with each number of threads, in the order of `jobs`."""
     for count in threads:
-        # Now, while no other process of ours is there. Its rates are those of float32.
-        known = ops.available and dtype == "float32"
-        roofs = {job: roof.bound_ms(*job[:2], count) for job in jobs if known}
+        # Now, while no other process of ours is there. On the CPU its rates are those of float32.
+        known = ops.available and (dtype == "float32" or device == "cuda")
+        roofs = {}
+        for job in jobs if known else ():
+            shape, mode, _ = job
+            if device == "cuda":
+                roofs[job] = roof.bound_ms_on_gpu(shape, mode, dtype)
+            else:
+                roofs[job] = roof.bound_ms(shape, mode, count)
         for peer, group in groupby(jobs, key=itemgetter(2)):
             mine = list(group)
             pairs = [(shape, mode) for shape, mode, _ in mine]
             if peer in _IN_ONE_PROCESS:
-                outcomes = _in_one_process(peer, pairs, count, dtype, budget)
+                outcomes = _in_one_process(peer, pairs, count, dtype, budget, device)
             else:
                 outcomes = _in_two_processes(peer, pairs, count, dtype, budget)
             for job, outcome in zip(mine, outcomes, strict=True):
@@ -95,21 +101,27 @@ def measure_all(
 
 
 def _in_one_process(
-    peer: str, pairs: Sequence[tuple[Shape, str]], threads: int, dtype: str, budget: float
+    peer: str,
+    pairs: Sequence[tuple[Shape, str]],
+    threads: int,
+    dtype: str,
+    budget: float,
+    device: str,
 ) -> Iterator[Result | DisagreementError]:
     """Against torch.nn, or ours: all of these run on the one thread pool of torch."""
     with sides.process(threads) as worker:
         for shape, mode in pairs:
             with sides.named(f"{shape.label}, {mode}"):
-                outcome = worker.submit(_outcome, peer, shape, mode, dtype, budget).result()
+                arguments = peer, shape, mode, dtype, budget, device
+                outcome = worker.submit(_outcome, *arguments).result()
             yield outcome
 
 
 def _outcome(
-    peer: str, shape: Shape, mode: str, dtype: str, budget: float
+    peer: str, shape: Shape, mode: str, dtype: str, budget: float, device: str
 ) -> Result | DisagreementError:
     try:
-        return measure(shape, mode, dtype, budget, peer=peer)
+        return measure(shape, mode, dtype, budget, peer=peer, device=device)
     except DisagreementError as error:
         return error
 
@@ -121,6 +133,7 @@ def measure(
     budget: float,
     library: Any = fused_rnn,
     peer: str = TORCH,
+    device: str = "cpu",
 ) -> Result:
     """Times `library`'s layer against torch.nn's, or ours in float32, for about `budget` seconds.
 
@@ -128,11 +141,13 @@ def measure(
     that a change of the machine's mood meets both. Training is a forward and a backward call with
     gradients of the input and of every weight. Raises `DisagreementError` where results differ.
     """
-    ours, arguments = work.make(library, shape, mode, dtype)
+    # cuDNN has a switch of its own, and another default: with both alike the same is computed.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    ours, arguments = work.make(library, shape, mode, dtype, device)
     if peer == TORCH:
-        theirs, their_arguments = work.make(nn, shape, mode, dtype)[0], arguments
+        theirs, their_arguments = work.make(nn, shape, mode, dtype, device)[0], arguments
     else:
-        theirs, their_arguments = work.make_widened(fused_rnn, shape, mode, dtype)
+        theirs, their_arguments = work.make_widened(fused_rnn, shape, mode, dtype, device)
     expected = work.evaluate(theirs, their_arguments)
     differences = _agree(work.evaluate(ours, arguments), expected, shape, mode, dtype, peer)
     del expected

@@ -17,18 +17,27 @@ A call's bound is the sum over layers and directions. Directions that run side b
 part of the threads, take what they take one after the other, each on all of them: the rates are of
 all threads together. Left out: the cells' own arithmetic, x, outputs, saved values, packing and
 barriers. Hence a bound, which no layer reaches, and which says most for large layers.
+
+On a GPU the rates are those of torch.matmul on two large squares and of a large copy, in the dtype
+of the call, and what is read once is read from memory: a step's weights may stay in its caches.
+
+    forward     max(2 N G H (I + H) flops / matmul rate,  bytes of W, x and y / copy rate)
+
+and three times that in training, with as many bytes again for what is saved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 
 from fused_rnn.bench.shapes import Shape
+from fused_rnn.bench.work import seconds_on_gpu
 
 FLOAT = 4  # bytes; both rates are of float32
 # Smaller weights are in the first-level cache as well, but too few to measure a rate with.
@@ -105,3 +114,39 @@ def _pool(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def bound_ms_on_gpu(shape: Shape, mode: str, dtype: str) -> float:
+    """The same on the current GPU."""
+    size = getattr(torch, dtype).itemsize
+    seconds = 0.0
+    for inputs in layers(shape):
+        weights = shape.gates * shape.H * (inputs + shape.H)
+        moved = size * (weights + shape.rows * (inputs + shape.H))
+        forward = max(flops(shape, inputs) / matmul_rate(dtype), moved / copy_rate())
+        seconds += forward if mode != "training" else 3 * forward
+    return 1e3 * seconds
+
+
+@cache
+def matmul_rate(dtype: str) -> float:
+    """Operations per second of a product of two large squares, as torch's switches have it."""
+    n = 4096
+    a, b = (torch.randn(n, n, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2.0 * n**3 / _least_seconds(lambda: a @ b)
+
+
+@cache
+def copy_rate() -> float:
+    """Bytes per second, read and written, of a copy that no cache holds."""
+    source = torch.empty(2**28, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2.0 * source.numel() / _least_seconds(lambda: target.copy_(source))
+
+
+def _least_seconds(call: Callable[[], object]) -> float:
+    until = time.perf_counter() + 0.5
+    least = math.inf
+    while time.perf_counter() < until:
+        least = min(least, seconds_on_gpu(call))
+    return least

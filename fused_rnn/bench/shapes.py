@@ -190,7 +190,22 @@ LOW_PRECISION = (
     ),
 )
 
+# Sizes between which the kernels of a GPU differ.
+GPU = (
+    *(
+        Shape("gpu", cell, 128, B, H, H)
+        for cell, B, H in product(("LSTM", "GRU"), (1, 16, 64, 256), (128, 256, 512, 1024, 2048))
+    ),
+    *(Shape("gpu", "RNN", 128, B, 512, 512) for B in (1, 64)),
+    *(
+        Shape("gpu", cell, 128, 64, 512, 512, **options)
+        for cell in ("LSTM", "GRU")
+        for options in ({"L": 2}, {"D": 2}, {"packed": True})
+    ),
+)
+
 SUITES = {
+    "gpu": GPU,
     "quick": QUICK,
     "programs": PROGRAMS,
     "grid": GRID,

@@ -45,33 +45,39 @@ class Arguments:
         )
 
 
-def make(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, Arguments]:
+def make(
+    library: Any, shape: Shape, mode: str, dtype: str, device: str = "cpu"
+) -> tuple[nn.Module, Arguments]:
     """The layer of `library` and its arguments: equal numbers for every library, in every process.
 
     The layer is in eval(): two libraries need not draw the same dropout mask.
     """
-    layer, arguments = _make(library, shape, mode, dtype)
-    return _finished(layer, library, mode), arguments
+    layer, arguments = _make(library, shape, mode, dtype, device)
+    return _finished(layer, library, mode, device), arguments
 
 
-def make_widened(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, Arguments]:
+def make_widened(
+    library: Any, shape: Shape, mode: str, dtype: str, device: str = "cpu"
+) -> tuple[nn.Module, Arguments]:
     """The same numbers, those of `dtype`, in float32."""
-    layer, arguments = _make(library, shape, mode, dtype)
-    return _finished(layer.float(), library, mode), arguments.widened()
+    layer, arguments = _make(library, shape, mode, dtype, device)
+    return _finished(layer.float(), library, mode, device), arguments.widened()
 
 
-def _make(library: Any, shape: Shape, mode: str, dtype: str) -> tuple[nn.Module, Arguments]:
+def _make(
+    library: Any, shape: Shape, mode: str, dtype: str, device: str
+) -> tuple[nn.Module, Arguments]:
     torch.manual_seed(0)
     made = _layer(nn, shape, dtype)
     layer = made if library is nn else _layer(library, shape, dtype)
     layer.load_state_dict(made.state_dict())
     torch.manual_seed(1)  # whatever another library's constructor drew
-    return layer, _arguments(shape, getattr(torch, dtype), mode == "training")
+    return layer, _arguments(shape, getattr(torch, dtype), mode == "training", device)
 
 
-def _finished(layer: nn.Module, library: Any, mode: str) -> nn.Module:
+def _finished(layer: nn.Module, library: Any, mode: str, device: str) -> nn.Module:
     frozen = mode == FROZEN and library is not nn
-    return (fused_rnn.freeze(layer) if frozen else layer).eval()
+    return (fused_rnn.freeze(layer) if frozen else layer).eval().to(device)
 
 
 def _layer(library: Any, shape: Shape, dtype: str) -> nn.Module:
@@ -87,7 +93,7 @@ def _layer(library: Any, shape: Shape, dtype: str) -> nn.Module:
     return layer
 
 
-def _arguments(shape: Shape, dtype: torch.dtype, training: bool) -> Arguments:
+def _arguments(shape: Shape, dtype: torch.dtype, training: bool, device: str = "cpu") -> Arguments:
     cell = shape.cell.endswith("Cell")
     T, B = shape.T, shape.B
     sizes = [B] if cell else [B, T] if shape.batch_first else [T, B]
@@ -101,14 +107,15 @@ def _arguments(shape: Shape, dtype: torch.dtype, training: bool) -> Arguments:
         packed = pack(x, shape)
         x = packed.data
         d_output = d_output.flatten(0, 1)[: len(x)]
+    x, d_output = x.to(device), d_output.to(device)
     leaf = x.detach().requires_grad_(training)
 
     hx: Any = None
     if shape.state:
         state = [B, shape.H] if cell else [shape.L * shape.D, B, shape.H]
-        hx = torch.randn(*state, dtype=dtype)
+        hx = torch.randn(*state, dtype=dtype).to(device)
         if shape.family == "LSTM":
-            hx = (hx, torch.randn(*state, dtype=dtype))
+            hx = (hx, torch.randn(*state, dtype=dtype).to(device))
     return Arguments(leaf if packed is None else packed._replace(data=leaf), leaf, hx, d_output)
 
 
@@ -148,24 +155,40 @@ def evaluate(module: nn.Module, arguments: Arguments) -> list[Tensor]:
     return values
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def seconds_on_gpu(call: Callable[[], object]) -> float:
+    """By events on an idle GPU, so that a launch that the host brings late counts as well."""
+    event: Any = torch.cuda.Event  # without types
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * float(start.elapsed_time(end))
+
+
 def timer(module: nn.Module, arguments: Arguments) -> Timer:
     """Inference is a call under no_grad; training, in train(), a forward and a backward call."""
     leaves = [arguments.leaf, *module.parameters()]
     x, hx, d_output = arguments.input, arguments.hx, arguments.d_output
     controls = arguments.controls
 
+    clock = seconds_on_gpu if arguments.leaf.is_cuda else _seconds
+
     @torch.no_grad()
     def inference() -> float:
-        start = perf_counter()
-        module(x, hx, **controls)
-        return perf_counter() - start
+        return clock(lambda: module(x, hx, **controls))
 
     def training() -> float:
         for leaf in leaves:
             leaf.grad = None
-        start = perf_counter()
-        torch.autograd.backward(_output(module(x, hx, **controls)), d_output)
-        return perf_counter() - start
+        return clock(lambda: torch.autograd.backward(_output(module(x, hx, **controls)), d_output))
 
     module.train(arguments.leaf.requires_grad)
     return training if arguments.leaf.requires_grad else inference

@@ -8,10 +8,10 @@ using namespace fused_rnn;
 template <class C, class E>
 __global__ void run_cell(E* x, const E* h, const E* w, const E* prev, const E* d_state, E* state,
                          E* saved, E* dx, E* dh, E* d_prev, E* dw) {
-  if constexpr (kTwoProducts<C>) saved[0] = C::operand(x, h, prev, x);
+  if constexpr (kHasOperand<C>) saved[0] = C::operand(x, h, prev, x);
   C::forward(x, h, w, prev, state, saved);
   C::backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw);
-  if constexpr (kTwoProducts<C>)
+  if constexpr (kHasOperand<C>)
     C::operand_backward(saved, prev, C::saved_operand(saved, prev), dx, dh, d_prev);
 }
 

@@ -23,7 +23,8 @@ struct Unit {
   V state[C::kStates], saved[kSavedRoom];
   V dx[C::kGates], dh[C::kGates], d_prev[C::kStates], dw[kDiagonalRoom];
 
-  // The matrix of a second product is taken for one: h is what is added to the operand.
+  // The matrix of a second product is taken for one: h is what is added to the operand. A norm
+  // changes nothing.
   void forward() { forward(prev, state); }
   void forward(const V* before, V* after) {
     V gates_x[C::kGates], gates_h[C::kGates];
@@ -31,7 +32,9 @@ struct Unit {
       gates_x[g] = x[g];
       gates_h[g] = h[g];
     }
-    if constexpr (kTwoProducts<C>) {
+    if constexpr (C::kNormedOperand) {
+      gates_h[0] = gates_h[1] = C::operand(x, h, before, gates_x);
+    } else if constexpr (kTwoProducts<C>) {
       const V operand = C::operand(x, h, before, gates_x);
       for (int g = C::kFirstGates; g < C::kGates; ++g) gates_h[g] += operand;
     }
@@ -39,9 +42,12 @@ struct Unit {
   }
   void backward() { backward(d_state, d_prev); }
   void backward(const V* d_after, V* d_before) {
-    C::backward(saved, w, prev, state, d_after, dx, dh, d_before, dw);
-    if constexpr (kTwoProducts<C>) {
+    V d_normed[C::kGates];
+    C::backward(saved, w, prev, state, d_after, dx, C::kNormedOperand ? d_normed : dh, d_before,
+                dw);
+    if constexpr (kHasOperand<C>) {
       V d_operand{};
+      if constexpr (C::kNormedOperand) d_operand = d_normed[0] + d_normed[1];
       for (int g = C::kFirstGates; g < C::kGates; ++g) d_operand += C::kSumsGates ? dx[g] : dh[g];
       C::operand_backward(saved, prev, d_operand, dx, dh, d_before);
     }

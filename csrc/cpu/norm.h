@@ -1,0 +1,105 @@
+// Layer normalisation of a row (Ba, Kiros and Hinton, 2016), over the units of some gates together:
+//
+//   y = gain xhat + shift,  xhat = (a - mean(a)) rstd,  rstd = 1 / sqrt(var(a) + eps)
+//
+// eps is that of torch.nn.LayerNorm.
+#pragma once
+
+#include "pack.h"
+
+namespace fused_rnn::cpu::FUSED_RNN_ISA {
+
+// Where the gates [begin, end) of a row stand: each(body) calls body(at, gate, unit) for every
+// vector.
+template <class A>
+struct GatesInSlots {  // gates of Hp units one after another
+  int begin, end;
+  int64_t Hp;
+  template <class Body>
+  FUSED_RNN_INLINE void each(Body body) const {
+    for (int g = begin; g < end; ++g)
+      for (int64_t u = 0; u < Hp; u += kLanes<A>) body(g * Hp + u, g, u);
+  }
+};
+template <class A>
+struct GatesInPanels {  // as the packed weights give them
+  int begin, end, gates;
+  int64_t Hp;
+  template <class Body>
+  FUSED_RNN_INLINE void each(Body body) const {
+    for_panels<A>(gates, 0, Hp, [&](int64_t unit, int vectors) {
+      for (int g = begin; g < end; ++g)
+        for (int v = 0; v < vectors; ++v)
+          body(unit * gates + (g * vectors + v) * kLanes<A>, g, unit + v * kLanes<A>);
+    });
+  }
+};
+
+// v in the lanes of units that there are, zero in the padding.
+template <class A>
+FUSED_RNN_INLINE Vector<A> only_units(Vector<A> v, int64_t valid) {
+  if (valid >= kLanes<A>) return v;
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  return load_partial(lanes, valid > 0 ? valid : 0);
+}
+
+template <class A>
+FUSED_RNN_INLINE A sum_of_lanes(Vector<A> v) {
+  A sum = 0;
+  for (int lane = 0; lane < kLanes<A>; ++lane) sum += v[lane];
+  return sum;
+}
+
+template <class A>
+struct Moments {
+  A mean, rstd;
+
+  // Of H units of each gate.
+  template <class Gates>
+  Moments(const Gates& gates, int64_t H, const A* row) {
+    const A count = A(gates.end - gates.begin) * A(H);
+    Vector<A> sum{};
+    gates.each([&](int64_t at, int, int64_t) { sum += load(row + at); });
+    mean = sum_of_lanes<A>(sum) / count;
+    Vector<A> squares{};
+    gates.each([&](int64_t at, int, int64_t u) {
+      const Vector<A> d = only_units<A>(load(row + at) - mean, H - u);
+      squares += d * d;
+    });
+    rstd = 1 / __builtin_sqrt(sum_of_lanes<A>(squares) / count + A(1e-5));
+  }
+  FUSED_RNN_INLINE Vector<A> normalised(Vector<A> a) const { return (a - mean) * rstd; }
+};
+
+// y may be the row itself. Gain and shift stand like the row; its padding must be zero.
+template <class A, class Gates>
+void normalise(const Gates& gates, int64_t H, const A* row, const A* gain, const A* shift, A* y) {
+  const Moments<A> moments(gates, H, row);
+  gates.each([&](int64_t at, int, int64_t) {
+    store(y + at, moments.normalised(load(row + at)) * load(gain + at) + load(shift + at));
+  });
+}
+
+// From the gradient of y to that of the row, which may be in the same place, and of the gain.
+template <class A, class Gates>
+void normalise_backward(const Gates& gates, int64_t H, const A* row, const A* gain, const A* dy,
+                        A* d_row, A* d_gain) {
+  const Moments<A> moments(gates, H, row);
+  const A count = A(gates.end - gates.begin) * A(H);
+  Vector<A> sum{}, sum_with{};
+  gates.each([&](int64_t at, int, int64_t) {
+    const Vector<A> xhat = moments.normalised(load(row + at)), d = load(dy + at);
+    store(d_gain + at, d * xhat);
+    sum += d * load(gain + at);
+    sum_with += d * load(gain + at) * xhat;
+  });
+  const A mean = sum_of_lanes<A>(sum) / count, mean_with = sum_of_lanes<A>(sum_with) / count;
+  gates.each([&](int64_t at, int, int64_t u) {
+    const Vector<A> xhat = moments.normalised(load(row + at));
+    const Vector<A> d = load(dy + at) * load(gain + at) - mean - xhat * mean_with;
+    store(d_row + at, only_units<A>(d * moments.rstd, H - u));
+  });
+}
+
+}  // namespace fused_rnn::cpu::FUSED_RNN_ISA

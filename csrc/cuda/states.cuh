@@ -1,0 +1,64 @@
+// How states pass from step to step, forward, and their gradients backward.
+#pragma once
+
+#include "elements.cuh"
+
+namespace fused_rnn::cuda {
+
+// h of a row and unit goes to the output, and on to the next step: as the output holds it, or what
+// a sequence that begins there begins with, and times its mask for the product.
+template <class A>
+FUSED_RNN_DEVICE A emit_h(const ForwardStep<A>& s, int64_t b, int64_t u, A h) {
+  h = round_to(s.type, h);
+  store(s.type, s.y.data, s.y.at(b) + u, h);
+  const A on = s.next(b) ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u) : h;
+  store(s.type, s.h_after, b * s.R + u, on);
+  if (s.masked_after)
+    store(s.type, s.masked_after, b * s.R + u,
+          on * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
+  if (b >= s.ends && s.h_n.data) store(s.type, s.h_n.data, s.h_n.at(b) + u, h);
+  return h;
+}
+
+// The gradient of h after a step: what flows in from the step walked before, or d_h_n at the end of
+// a sequence, and what the output of this step adds. product() is what W_hh adds to what flows.
+template <class A, class Product>
+FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64_t R,
+                              Product product) {
+  A d = 0;
+  if (b >= in.first) {
+    d = load_or_zero<A>(in.type, in.d_h_n.data, in.d_h_n.at(b) + u);
+  } else {
+    A flowing = product();
+    if (in.h_mask.data) flowing *= load<A>(in.type, in.h_mask.data, in.h_mask.at(b) + u);
+    if (in.direct) flowing += in.direct[b * R + u];
+    if (!in.ended(b))
+      d = flowing;
+    else if (in.d_h0)
+      in.d_h0[b * R + u] += flowing;
+  }
+  if (in.d_output.data) d += load<A>(in.d_output_type, in.d_output.data, in.d_output.at(b) + u);
+  return d;
+}
+
+template <class A>
+FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64_t R) {
+  return incoming_h(in, b, u, R, [&] { return in.product ? in.product[b * R + u] : A(0); });
+}
+
+// The same of c.
+template <class A>
+FUSED_RNN_DEVICE A incoming_c(const Incoming<A>& in, int64_t b, int64_t u, int64_t H) {
+  A d = 0;
+  if (b >= in.first) {
+    d = load_or_zero<A>(in.type, in.d_c_n.data, in.d_c_n.at(b) + u);
+  } else if (!in.ended(b)) {
+    d = in.dc[b * H + u];
+  } else if (in.d_c0) {
+    in.d_c0[b * H + u] += in.dc[b * H + u];
+  }
+  if (in.d_all_c.data) d += load<A>(in.type, in.d_all_c.data, in.d_all_c.at(b) + u);
+  return d;
+}
+
+}  // namespace fused_rnn::cuda
