@@ -293,6 +293,22 @@ FUSED_RNN_INLINE void store_pairs(BFloat16Pair* p, Vector<float> first, Vector<f
 template <class X, int depth>
 constexpr int kParts = std::is_same_v<X, BFloat16> ? 1 : depth;
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// A part that is known at run time only, in lanes, by one instruction that reads what it needs from
+// memory.
+FUSED_RNN_INLINE Vector<float> part_at(U32Vector pairs, int64_t part) {
+  alignas(32) static constexpr uint8_t kBytes[2][32] = {
+      {255, 255, 0, 1, 255, 255, 4, 5, 255, 255, 8, 9, 255, 255, 12, 13,
+       255, 255, 0, 1, 255, 255, 4, 5, 255, 255, 8, 9, 255, 255, 12, 13},
+      {255, 255, 2, 3, 255, 255, 6, 7, 255, 255, 10, 11, 255, 255, 14, 15,
+       255, 255, 2, 3, 255, 255, 6, 7, 255, 255, 10, 11, 255, 255, 14, 15}};
+  const auto* bytes = reinterpret_cast<const __m256i*>(kBytes[0] + 4 * part);
+  asm("" : "+r"(bytes));  // or they are kept in a register
+  return reinterpret_cast<Vector<float>>(
+      _mm256_shuffle_epi8(reinterpret_cast<__m256i>(pairs), *bytes));
+}
+#endif
+
 template <class X, class V>
 FUSED_RNN_INLINE auto weights_of_part(V weights, int part) {
   if constexpr (std::is_same_v<V, U32Vector> && !std::is_same_v<X, BFloat16>)
@@ -326,7 +342,7 @@ FUSED_RNN_INLINE void load_operands(const BFloat16* p, int64_t n, U32Vector (&pa
 // The operand at p in every lane: a number, or a pair of which `depth` are there.
 template <int depth, class A>
 FUSED_RNN_INLINE Vector<A> broadcast(const A* p) {
-  return Vector<A>{} + *p;
+  return *p - Vector<A>{};  // not 0 + *p, which is another number where *p is -0
 }
 template <int depth>
 FUSED_RNN_INLINE U32Vector broadcast(const BFloat16* p) {

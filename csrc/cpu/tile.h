@@ -76,37 +76,72 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
 #pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
         strips[p][s] = w + (p * NV + s * kStrip) * packed_rows<W>(K) * L;
-    // The next row of w, of which the first `depth` rows of K are multiplied.
-    const auto next_row = [&](auto depth) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-      for (int part = 0; part < kParts<X, depth()>; ++part) {
-        decltype(weights_of_part<X>(load_packed(w), part)) weight[kVectors];
+    const auto width = [](int s) { return NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip; };
+    // Vector v of w, in a row of panels or of w itself that starts `row` vectors behind.
+    const auto weight = [&](int v, int64_t row) __attribute__((always_inline)) {
+      const int s = v % NV / kStrip;
+      return load_packed(kRight == Right::kPanel
+                             ? strips[v / NV][s] + row * width(s) + v % NV % kStrip * L
+                             : w + v * L);
+    };
+    // Multiplies what weights(v) and operands(m) give. What is fewer stands in registers.
+    const auto multiply = [&](auto weights, auto operands) __attribute__((always_inline)) {
+      if constexpr (M < kVectors) {
+        decltype(operands(0)) x[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) x[m] = operands(m);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v)
-          weight[v] = weights_of_part<X>(
-              load_packed(kRight == Right::kPanel
-                              ? strips[v / NV][v % NV / kStrip] + v % NV % kStrip * L
-                              : w + v * L),
-              part);
+        for (int v = 0; v < kVectors; ++v) {
+          const auto y = weights(v);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) sum[m][v] = multiply_add(sum[m][v], x[m], y);
+        }
+      } else {
+        decltype(weights(0)) y[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) y[v] = weights(v);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const X* left = kLeft == Left::kRows ? a + m * lda + part : a + m;
-          const auto x = broadcast<depth()>(left);
+          const auto x = operands(m);
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sum[m][v] = multiply_add(sum[m][v], x, weight[v]);
+          for (int v = 0; v < kVectors; ++v) sum[m][v] = multiply_add(sum[m][v], x, y[v]);
         }
       }
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 4
-        for (int s = 0; s < kStrips; ++s)
-          strips[p][s] += (NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip) * L;
-      w += ldw;
-      a += kLeft == Left::kRows ? depth() : lda;
     };
-    for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
-      next_row(std::integral_constant<int, kDepth<W>>{});
-    if (kDepth<W> > 1 && K % kDepth<W>) next_row(std::integral_constant<int, 1>{});
+    constexpr int kHeld = kVectors * M + (M < kVectors ? M : kVectors) + 1;
+    if constexpr (kVectorRegisters == 16 && kParts<X, kDepth<W>> > 1 && kHeld >= 15) {
+      // No register is left for a mask, and GCC would spill sums: one part at a time.
+      int64_t row = 0, part = 0;  // times L
+      for (int64_t k = 0; k < K; ++k) {
+        multiply([&](int v)
+                     __attribute__((always_inline)) { return part_at(weight(v, row), part); },
+                 [&](int m) __attribute__((always_inline)) { return broadcast<1>(a + m * lda); });
+        row += part;
+        part ^= L;
+        ++a;
+      }
+    } else {
+      // The next row of w, of which the first `depth` rows of K are multiplied.
+      const auto next_row = [&](auto depth) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts<X, depth()>; ++part)
+          multiply(
+              [&](int v)
+                  __attribute__((always_inline)) { return weights_of_part<X>(weight(v, 0), part); },
+              [&](int m) __attribute__((always_inline)) {
+                return broadcast<depth()>(kLeft == Left::kRows ? a + m * lda + part : a + m);
+              });
+#pragma GCC unroll 2
+        for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+          for (int s = 0; s < kStrips; ++s) strips[p][s] += width(s) * L;
+        w += ldw;
+        a += kLeft == Left::kRows ? depth() : lda;
+      };
+      for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
+        next_row(std::integral_constant<int, kDepth<W>>{});
+      if (kDepth<W> > 1 && K % kDepth<W>) next_row(std::integral_constant<int, 1>{});
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
