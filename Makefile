@@ -12,7 +12,8 @@ ISAS ?= avx512 avx2 default
 FLOORS := tests/test_cells.py tests/test_scan.py
 
 PY := $(VENV)/bin/python
-PYTEST := $(VENV)/bin/pytest
+# As many processes as there are cores: tests take one thread unless they are about threads.
+PYTEST := $(VENV)/bin/pytest -n auto
 SANITIZED := build/sanitized
 LIBRARY := import sys; del sys.path[0]; import fused_rnn._C as c; print("testing", c.__file__)
 export FUSED_RNN_STRICT := 1

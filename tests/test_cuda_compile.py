@@ -5,7 +5,7 @@ warning, a spill or local memory, and within its registers. What they compute is
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,24 +34,27 @@ KERNEL = re.compile(
 )
 INSTRUCTIONS = {"mma_m16n8k16": "HMMA.16816", "mma_m16n8k8": "HMMA.1688", "mma_m8n8k4": "DMMA"}
 
+Compiled = dict[Path, Future[tuple[Path, str]]]
+
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[Path, tuple[Path, str]]:
+def compiled() -> Compiled:
     """source -> the object file, and what ptxas said of its kernels."""
     compiler = nvcc()
 
     def compile_source(source: Path) -> tuple[Path, str]:
         return made(f"{source.stem}-cuda.o", compiler, *FLAGS, "-c", source)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SOURCES, pool.map(compile_source, SOURCES), strict=True))
+    # Each is waited for by its own tests, and fails them alone.
+    pool = ThreadPoolExecutor(2)
+    return {source: pool.submit(compile_source, source) for source in SOURCES}
 
 
 @each_source
-def test_kernels_fit_their_registers(compiled: dict[Path, tuple[Path, str]], source: Path) -> None:
-    kernels = KERNEL.findall(compiled[source][1])
+def test_kernels_fit_their_registers(compiled: Compiled, source: Path) -> None:
+    kernels = KERNEL.findall(compiled[source].result()[1])
     assert {architecture for _, architecture, *_ in kernels} == {f"sm_{a}" for a in ARCHITECTURES}
     names = dict(zip(kernels, run("c++filt", *(k[0] for k in kernels)).splitlines(), strict=True))
     too_many = []
@@ -74,13 +77,15 @@ def included(source: Path) -> str:
 
 
 @each_source
-def test_instructions(compiled: dict[Path, tuple[Path, str]], source: Path) -> None:
+def test_instructions(compiled: Compiled, source: Path) -> None:
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None:
         pytest.skip("this CUDA toolkit has no cuobjdump")
     text = included(source)
     for architecture in ARCHITECTURES:
-        listing = run(cuobjdump, "-sass", "-arch", f"sm_{architecture}", compiled[source][0])
+        listing = run(
+            cuobjdump, "-sass", "-arch", f"sm_{architecture}", compiled[source].result()[0]
+        )
         assert "EXIT" in listing
         assert not re.search(r"\b(LDL|STL)\b", listing)
         for word, instruction in INSTRUCTIONS.items():

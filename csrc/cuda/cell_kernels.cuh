@@ -146,7 +146,7 @@ FUSED_RNN_DEVICE void operand_backward_unit(const BackwardStep<A>& s, int64_t b,
 }
 
 template <class Cell, class A>
-FUSED_RNN_KERNEL void forward_step(ForwardStep<A> s) {
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 4) void forward_step(ForwardStep<A> s) {
   constexpr int F = Cell::kFirstGates;
   for_each_element(s.rows, s.H, [&](int64_t b, int64_t u) {
     forward_unit<Cell>(
@@ -216,7 +216,7 @@ FUSED_RNN_KERNEL void operand_step(ForwardStep<A> s) {
 }
 
 template <class Cell, class A>
-FUSED_RNN_KERNEL void backward_step(BackwardStep<A> s) {
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 4) void backward_step(BackwardStep<A> s) {
   for_each_element(s.rows, s.H, [&](int64_t b, int64_t u) {
     backward_unit<Cell>(s, b, u, [&] {
       return s.d_own ? s.d_own[b * s.H + u] : incoming_h(s.incoming, b, u, s.R);
