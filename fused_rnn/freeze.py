@@ -113,8 +113,13 @@ def _weights(layer: Any) -> list[Tensor]:
         with torch.no_grad(), parametrize.cached():
             if isinstance(layer, nn.RNNBase):
                 return [getattr(layer, name) for name in layer._flat_weights_names]
-            unit_weight = getattr(layer, "_unit_weight", "")  # torch.nn's own cells have none
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", unit_weight)
+            names = (
+                "weight_ih",
+                "weight_hh",
+                "bias_ih",
+                "bias_hh",
+                getattr(layer, "_unit_weight", ""),
+            )
             tensors: list[Any] = [getattr(layer, name) if name else None for name in names]
             return functional.cell_weights(*tensors)
     finally:

@@ -857,8 +857,11 @@ def _reset_gains(module: _Layer | _Cell, cell: reference.Cell) -> None:
     """As torch.nn.LayerNorm begins: gains are 1 and the shift of c is 0."""
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith(cell.unit_weight_name):
-            nn.init.ones_(parameter)
-            nn.init.zeros_(parameter[(2 * cell.gates + 1) * module.hidden_size :])
+            with torch.no_grad():
+                # Without slices, which a sharded parameter (FSDP2) would not write through.
+                place = torch.ones_like(parameter, dtype=torch.float64).cumsum(0)
+                gains = (2 * cell.gates + 1) * module.hidden_size
+                parameter.copy_(place.le(gains))
 
 
 def _mask(reset: Any, input: Any, unbatched: bool) -> Tensor:

@@ -46,6 +46,7 @@ BEYOND |= {
     and not name.startswith("Frozen")  # no constructor of its own: tests/test_freeze.py
     and name not in {known for known, _ in (*KINDS.values(), *BEYOND.values())}
 }
+PROJECTED = tuple(kind for kind, (_, o) in {**KINDS, **BEYOND}.items() if "proj_size" in o)
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 
 

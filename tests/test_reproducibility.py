@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import BEYOND, KINDS, flatten, make
+from layers import BEYOND, KINDS, PROJECTED, flatten, make
 from processes import output_of
 from test_contract_tools import EVERY, loss
 from test_environment import resident_kib
@@ -26,7 +26,7 @@ RANDOM: dict[str, dict[str, Any]] = {
     "recurrent_dropout": {"recurrent_dropout": 0.3, "recompute": True},
 }
 REFUSED = {
-    "zoneout": ("LSTMP", "PEEPHOLEP"),
+    "zoneout": PROJECTED,
     "recurrent_dropout": ("GRU_BEFORE", "INDRNN", "INDRNN_TANH"),
 }
 PAIRS = [(k, r) for r in RANDOM for k in (*KINDS, *BEYOND) if k not in REFUSED.get(r, ())]
