@@ -52,12 +52,14 @@ isa: build
 
 # Python itself is not instrumented, so both run-time libraries must be there before it starts.
 # Leaks are not looked for: the interpreter keeps much until the end. A report goes to the process's
-# own stderr, which pytest would otherwise capture and lose with the process.
+# own stderr, which pytest would otherwise capture and lose with the process. Two of the four types
+# are left out, for time: float64 takes the ways of float32, float16 its panels and the rounding of bfloat16.
 sanitize: $(VENV)/.installed
 	FUSED_RNN_SANITIZE=1 FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --build-lib $(SANITIZED)
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
-	$(PY) -c '$(LIBRARY)' | grep $(SANITIZED) && $(PYTEST) --capture=sys -m "not slow" $(FLOORS)
+	$(PY) -c '$(LIBRARY)' | grep $(SANITIZED) \
+	  && $(PYTEST) --capture=sys -m "not slow" -k "not float64 and not float16" $(FLOORS)
 
 lint: build
 	$(VENV)/bin/ruff check .
