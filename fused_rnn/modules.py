@@ -156,6 +156,10 @@ class _Layer(_Twin, nn.RNNBase):
         """Its name in the ops."""
         return self.mode.lower()
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self)
+
     def _fit_parameters(self) -> None:
         """Parameters in the shapes of the cell; RNNBase has made those of a layer it knows."""
         cell, H = reference.CELLS[self._cell], self.hidden_size
@@ -566,10 +570,6 @@ class LayerNormLSTM(LSTM):
     def _cell(self) -> str:
         return "layer_norm_lstm"
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        _reset_gains(self, reference.CELLS[self._cell])
-
 
 class GRU(_Layer):
     """Gated recurrent unit: `torch.nn.GRU` with other kernels.
@@ -716,10 +716,6 @@ class LayerNormGRU(GRU):
     def _cell(self) -> str:
         return "layer_norm_gru"
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        _reset_gains(self, reference.CELLS[self._cell])
-
 
 class RNN(_Layer):
     """Elman's recurrent network: `torch.nn.RNN` with other kernels.
@@ -853,10 +849,11 @@ def _refuse_reset_before(kwargs: dict[str, Any]) -> None:
         raise ValueError("a GRU with layer normalisation has its reset gate after the product")
 
 
-def _reset_gains(module: _Layer | _Cell, cell: reference.Cell) -> None:
+def _reset_gains(module: _Layer | _Cell) -> None:
     """As torch.nn.LayerNorm begins: gains are 1 and the shift of c is 0."""
     for name, parameter in module.named_parameters(recurse=False):
-        if name.startswith(cell.unit_weight_name):
+        if name.startswith("norm"):
+            cell = reference.CELLS[module._cell]
             with torch.no_grad():
                 # Without slices, which a sharded parameter (FSDP2) would not write through.
                 place = torch.ones_like(parameter, dtype=torch.float64).cumsum(0)
@@ -895,6 +892,18 @@ class _Cell(_Twin, nn.RNNCellBase):
     def _cell(self) -> str:
         """Its name in the ops."""
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_gains(self)
+
+    def _add_unit_weight(self) -> None:
+        """The parameter of a cell that torch.nn does not have."""
+        cell = reference.CELLS[self._cell]
+        self._unit_weight = cell.unit_weight_name
+        weight = self.weight_ih.new_empty(cell.unit_weights * self.hidden_size)
+        setattr(self, self._unit_weight, nn.Parameter(weight))
+        self.reset_parameters()
 
     def _tensor(self, name: str) -> Any:
         """The parameter, or what a parametrization, pruning or a replica has in its place."""
@@ -1016,12 +1025,11 @@ class PeepholeLSTMCell(LSTMCell):
     Parameters: those of `LSTMCell`, and `weight_ch` [3*H].
     """
 
-    _op, _unit_weight = "peephole_lstm", "weight_ch"
+    _op = "peephole_lstm"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.weight_ch = nn.Parameter(self.weight_ih.new_empty(3 * self.hidden_size))
-        self.reset_parameters()
+        self._add_unit_weight()
 
 
 class CoupledLSTMCell(LSTMCell):
@@ -1043,16 +1051,11 @@ class LayerNormLSTMCell(LSTMCell):
     Parameters: those of `LSTMCell`, and `norm` [10*H].
     """
 
-    _op, _unit_weight = "layer_norm_lstm", "norm"
+    _op = "layer_norm_lstm"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.norm = nn.Parameter(self.weight_ih.new_empty(10 * self.hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        _reset_gains(self, reference.CELLS[self._cell])
+        self._add_unit_weight()
 
 
 class GRUCell(_Cell):
@@ -1113,21 +1116,14 @@ class LayerNormGRUCell(GRUCell):
     Parameters: those of `GRUCell`, and `norm` [6*H].
     """
 
-    _unit_weight = "norm"
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _refuse_reset_before(kwargs)
         super().__init__(*args, **kwargs)
-        self.norm = nn.Parameter(self.weight_ih.new_empty(6 * self.hidden_size))
-        self.reset_parameters()
+        self._add_unit_weight()
 
     @property
     def _cell(self) -> str:
         return "layer_norm_gru"
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        _reset_gains(self, reference.CELLS[self._cell])
 
 
 class RNNCell(_Cell):
