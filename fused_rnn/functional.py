@@ -516,7 +516,7 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
         return "torch", str(ops.unavailable_reason)
     if on_cuda:
         if not ops.has_cuda:
-            return "torch", f"there are no kernels for cuda: {ops.cuda_off}"
+            return "torch", f"the kernels for cuda are off: {ops.cuda_off}"
         if not compiling and (reason := ops.cuda_device_off(tensors[0].device.index)):
             return "torch", f"there are no kernels for cuda: {reason}"
     return "fused", ""

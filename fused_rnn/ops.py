@@ -50,7 +50,7 @@ if available:
         cuda_off = f"this torch ({torch.__version__}) is built without CUDA"
     elif cuda_architectures and os.environ.get("FUSED_RNN_CUDA_KERNELS") != "1":
         # TODO: take this out when `pytest -m gpu` has passed on a GPU.
-        cuda_off = "they have not run on a GPU yet, only on the emulator: FUSED_RNN_CUDA_KERNELS=1"
+        cuda_off = "they have not run on a GPU yet (FUSED_RNN_CUDA_KERNELS=1 takes them)"
 has_cuda = not cuda_off
 
 

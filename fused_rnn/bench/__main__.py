@@ -151,7 +151,7 @@ def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
         if not torch.cuda.is_available():
             return "torch finds no GPU here"
         if not ops.has_cuda:
-            return f"there are no kernels for cuda: {ops.cuda_off}"
+            return f"the kernels for cuda are off: {ops.cuda_off}"
         if options.memory or options.suite == "conditions" or options.peer != [TORCH]:
             return "on a GPU times are measured, and against torch.nn"
         if FROZEN in options.mode:
