@@ -70,7 +70,6 @@ def _rnn(*args: Any) -> tuple[Tensor, ...]:
     from .functional import _Call, _layer_by_layer, _reference
 
     controls = Controls(*args[9:17])
-
     call = _Call(*args[:9])._replace(controls=controls)
     every: Any = None
     if call.batch_sizes is None and call.input.dim() == 2:  # a step
