@@ -1,11 +1,10 @@
 """Derives the constants of csrc/core/math.h and prints them as they stand there.
 
-    e^r     = 1 + r + r^2 Q(r)       |r| <= ln2 / 2
-    tanh(x) = x + x u P(u), u = x^2  |x| <= 0.625
+    e^r = 1 + r + r^2 Q(r)       |r| <= ln2 / 2
 
-Q and P are Chebyshev fits. The factors r^2 and u in front of them keep the leading terms exact and
-shrink the error of the fit where it would hurt. ln2 is split so that n * high is exact for every n
-that occurs; low is the rest.
+Q is a Chebyshev fit. The factor r^2 in front of it keeps the leading terms exact and shrinks the
+error of the fit where it would hurt. ln2 is split so that n * high is exact for every n that
+occurs; low is the rest.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpmath import chebyfit, exp, log, mp, mpf, sqrt, tanh
+from mpmath import chebyfit, exp, log, mp, mpf
 
 mp.dps = 50
-TANH_POLYNOMIAL_LIMIT = mpf("0.625")
 
 
 @dataclass(frozen=True)
@@ -26,19 +24,13 @@ class Format:
     digits: int  # decimal digits that identify a value
     high_bits: int  # significand bits left in the high part of ln2
     exp_terms: int
-    tanh_terms: int
 
 
-FORMATS = (Format("float", "f", 9, 16, 5, 5), Format("double", "", 17, 42, 10, 11))
+FORMATS = (Format("float", "f", 9, 16, 5), Format("double", "", 17, 42, 10))
 
 
 def exp_tail(r: mpf) -> mpf:
     return (exp(r) - 1 - r) / r**2 if r else mpf(1) / 2
-
-
-def tanh_tail(u: mpf) -> mpf:
-    x = sqrt(u)
-    return (tanh(x) / x - 1) / u
 
 
 def fit(f: Callable[[mpf], mpf], low: mpf, high: mpf, terms: int) -> list[mpf]:
@@ -53,12 +45,10 @@ def constants(fmt: Format) -> dict[str, list[str]]:
     ln2 = log(2)
     high = mp.floor(ln2 * 2**fmt.high_bits + 0.5) / mpf(2) ** fmt.high_bits
     q = fit(exp_tail, -ln2 / 2, ln2 / 2, fmt.exp_terms)
-    p = fit(tanh_tail, mpf(0), TANH_POLYNOMIAL_LIMIT**2, fmt.tanh_terms)
     return {
         "log2e": [literal(1 / ln2)],
         "ln2 high, low": [literal(high), literal(ln2 - high)],
-        "2 e^r": [literal(2 * c) for c in (mpf(1), mpf(1), *q)],
-        "tanh": [literal(c) for c in p],
+        "2 Q": [literal(2 * c) for c in q],
     }
 
 

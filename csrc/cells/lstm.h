@@ -26,7 +26,7 @@ struct LSTM : CellDefaults {
     const V f = math::sigmoid(x[F] + h[F]);
     const V g = math::tanh(x[G] + h[G]);
     const V o = math::sigmoid(x[O] + h[O]);
-    const V c = f * prev[C] + i * g;
+    const V c = math::sum_of_products(f, prev[C], i, g);
     state[H] = o * math::tanh(c);
     state[C] = c;
     saved[I] = i;
@@ -76,7 +76,7 @@ struct PeepholeLSTM : CellDefaults {
     const V i = math::sigmoid(x[I] + h[I] + w[WI] * prev[C]);
     const V f = math::sigmoid(x[F] + h[F] + w[WF] * prev[C]);
     const V g = math::tanh(x[G] + h[G]);
-    const V c = f * prev[C] + i * g;
+    const V c = math::sum_of_products(f, prev[C], i, g);
     const V o = math::sigmoid(x[O] + h[O] + w[WO] * c);
     state[H] = o * math::tanh(c);
     state[C] = c;
@@ -194,7 +194,7 @@ struct LayerNormLSTM : CellDefaults {
 
   template <class V>
   FUSED_RNN_HD static V saved_operand(const V* saved, const V* prev) {
-    return saved[F] * prev[C] + saved[I] * saved[G];
+    return math::sum_of_products(saved[F], prev[C], saved[I], saved[G]);
   }
 
   template <class V>

@@ -1,10 +1,11 @@
 // The elementary functions of the cells, each written once for every arithmetic type V: float,
-// double, or a vector of either declared with __attribute__((vector_size(n))).
+// double, a vector of either declared with __attribute__((vector_size(n))), or a struct that has
+// their operators and a specialisation of Arithmetic.
 //
 // NaN propagates, infinities saturate, and no step makes or multiplies a denormal number, which
-// many machines do slowly. Errors are below 2.5 units in the last place for sigmoid and 1.5 for
-// tanh, with and without contraction to FMA (tests/csrc/test_math.cpp). That takes
-// round-to-nearest and no -ffast-math, which would cancel the shift in exp.
+// many machines do slowly. Errors are below 2.5 units in the last place, with and without
+// contraction to FMA (tests/csrc/test_math.cpp). That takes round-to-nearest and no -ffast-math,
+// which would cancel the shift in exp.
 #pragma once
 
 #include <stdint.h>
@@ -13,23 +14,34 @@
 
 namespace fused_rnn::math {
 
-// Element: what V consists of. Int: V's bits as signed integers, and for vectors also the type of
-// a comparison.
+// b where one of them is NaN. Compilers do not find the instruction that does this to a vector: a
+// specialisation may name it.
 template <class V>
-struct Arithmetic {
-  using Int = decltype(V{} < V{});
-  using Element = __typeof__(V{}[0] + V{}[0]);
+struct Extremes {
+  FUSED_RNN_HD static V larger(V a, V b) { return a > b ? a : b; }
+  FUSED_RNN_HD static V smaller(V a, V b) { return a < b ? a : b; }
 };
+
+// Element: what V consists of. Int: V's bits as signed integers, and for vectors also the type of
+// a comparison. Operations that are not operators.
+template <class V, class I, class E>
+struct Operations : Extremes<V> {
+  using Int = I;
+  using Element = E;
+  FUSED_RNN_HD static I bits(V value) { return __builtin_bit_cast(I, value); }
+  FUSED_RNN_HD static V from_bits(I bits) { return __builtin_bit_cast(V, bits); }
+  // Lane by lane.
+  template <class Condition>
+  FUSED_RNN_HD static V select(Condition condition, V a, V b) {
+    return condition ? a : b;
+  }
+};
+template <class V>
+struct Arithmetic : Operations<V, decltype(V{} < V{}), __typeof__(V{}[0] + V{}[0])> {};
 template <>
-struct Arithmetic<float> {
-  using Int = int32_t;
-  using Element = float;
-};
+struct Arithmetic<float> : Operations<float, int32_t, float> {};
 template <>
-struct Arithmetic<double> {
-  using Int = int64_t;
-  using Element = double;
-};
+struct Arithmetic<double> : Operations<double, int64_t, double> {};
 
 template <class V>
 using Int = typename Arithmetic<V>::Int;
@@ -44,12 +56,16 @@ FUSED_RNN_HD V broadcast(Element<V> value) {
 // Lane by lane, condition ? a : b.
 template <class Condition, class V>
 FUSED_RNN_HD V select(Condition condition, V a, V b) {
-  return condition ? a : b;
+  return Arithmetic<V>::select(condition, a, b);
 }
 
-template <class To, class From>
-FUSED_RNN_HD To bits_as(From value) {
-  return __builtin_bit_cast(To, value);
+template <class V>
+FUSED_RNN_HD Int<V> bits(V value) {
+  return Arithmetic<V>::bits(value);
+}
+template <class V>
+FUSED_RNN_HD V from_bits(Int<V> bits) {
+  return Arithmetic<V>::from_bits(bits);
 }
 
 // c0 + c1 x + c2 x^2 + ...
@@ -79,14 +95,8 @@ struct Constants<float> {
   static constexpr Int<float> kSign = INT32_MIN;
 
   template <class V>
-  FUSED_RNN_HD static V twice_exp(V r) {
-    return polynomial(r, 2.0f, 2.0f, 1.0f, 0.333331541f, 0.0833331093f, 0.0167263461f,
-                      0.00278523522f);
-  }
-  template <class V>
-  FUSED_RNN_HD static V tanh_tail(V u) {
-    return polynomial(u, -0.333333289f, 0.133327697f, -0.0538509096f, 0.0209971790f,
-                      -0.00609671417f);
+  FUSED_RNN_HD static V twice_exp_tail(V r) {
+    return polynomial(r, 1.0f, 0.333331541f, 0.0833331093f, 0.0167263461f, 0.00278523522f);
   }
 };
 
@@ -103,48 +113,70 @@ struct Constants<double> {
   static constexpr Int<double> kSign = INT64_MIN;
 
   template <class V>
-  FUSED_RNN_HD static V twice_exp(V r) {
-    return polynomial(r, 2.0, 2.0, 1.0000000000000002, 0.33333333333333335, 0.083333333333248324,
+  FUSED_RNN_HD static V twice_exp_tail(V r) {
+    return polynomial(r, 1.0000000000000002, 0.33333333333333335, 0.083333333333248324,
                       0.016666666666660129, 0.0027777777834393438, 0.00039682539726081091,
                       4.9603042644737387e-5, 5.5114536960620051e-6, 5.5240151759966733e-7,
                       5.0200751665122467e-8);
   }
-  template <class V>
-  FUSED_RNN_HD static V tanh_tail(V u) {
-    return polynomial(u, -0.33333333333333323, 0.13333333333326658, -0.053968253961395571,
-                      0.021869488260559115, -0.0088632298309257087, 0.0035920589774734553,
-                      -0.0014553092975346420, 0.00058743728600943819, -0.00023077616269519858,
-                      7.9599557352648080e-5, -1.7244874494844330e-5);
-  }
 };
+
+// a b + c d. Contracted, it is a b that is rounded once less: compilers take the product that comes
+// first, and of two operands of an operator that is a function, either may. The bits of a cell must
+// not depend on the arithmetic type.
+template <class V>
+FUSED_RNN_HD V sum_of_products(V a, V b, V c, V d) {
+  const V first = a * b;
+  const V second = c * d;
+  return first + second;
+}
 
 template <class V>
 FUSED_RNN_HD V magnitude(V x) {
-  return bits_as<V>(bits_as<Int<V>>(x) & ~Constants<Element<V>>::kSign);
+  return from_bits<V>(bits(x) & ~Constants<Element<V>>::kSign);
 }
 
 // Both keep NaN.
 template <class V>
 FUSED_RNN_HD V at_least(V x, Element<V> low) {
-  return select(x < low, broadcast<V>(low), x);
+  return Arithmetic<V>::larger(broadcast<V>(low), x);
 }
 template <class V>
 FUSED_RNN_HD V at_most(V x, Element<V> high) {
-  return select(x > high, broadcast<V>(high), x);
+  return Arithmetic<V>::smaller(broadcast<V>(high), x);
 }
 
 // e^x = 2^n e^r with n an integer and |r| <= ln2 / 2, for -kExpZero <= x <= kExpZero.
+template <class V>
+struct Power {
+  V r;
+  V half_scale;  // 2^(n-1)
+};
+
 // Adding 1.5 * 2^(significand bits) rounds to an integer, which is left in the low bits. kShift
 // adds the exponent's bias as well, less one: shifted up, these bits are 2^(n-1), or zero for the
 // lowest n, so that results near the denormals are exactly zero and none is denormal.
 template <class V>
-FUSED_RNN_HD V exp(V x) {
+FUSED_RNN_HD Power<V> power(V x) {
   using K = Constants<Element<V>>;
   const V t = x * K::kLog2e + K::kShift;
   const V n = t - K::kShift;
-  const V r = x - n * K::kLn2High - n * K::kLn2Low;
-  const V half_scale = bits_as<V>(bits_as<Int<V>>(t) << K::kSignificandBits);
-  return K::twice_exp(r) * half_scale;
+  return {x - n * K::kLn2High - n * K::kLn2Low, from_bits<V>(bits(t) << K::kSignificandBits)};
+}
+
+template <class V>
+FUSED_RNN_HD V exp(V x) {
+  const Power<V> e = power(x);
+  const V tail = Constants<Element<V>>::twice_exp_tail(e.r);
+  return ((tail * e.r + 2) * e.r + 2) * e.half_scale;
+}
+
+// e^x - 1. Where that is small, n is 0 and what is added at the end too.
+template <class V>
+FUSED_RNN_HD V expm1(V x) {
+  const Power<V> e = power(x);
+  const V tail = Constants<Element<V>>::twice_exp_tail(e.r);
+  return (tail * e.r * e.r + (e.r + e.r)) * e.half_scale + (2 * e.half_scale - 1);
 }
 
 // 1 / (1 + e^-x). Below -kExpZero it is exactly zero, so that a closed gate makes no denormals.
@@ -158,19 +190,15 @@ FUSED_RNN_HD V sigmoid(V x) {
   return select(x < -K::kExpZero, V{}, 1 / (1 + exp(-bounded)));
 }
 
-// 1 - 2 / (e^2|x| + 1) with the sign of x; where that would cancel, a polynomial; where the
-// polynomial would multiply denormals, x.
+// (e^2|x| - 1) / (e^2|x| + 1) with the sign of x; where that would multiply denormals, x.
 template <class V>
 FUSED_RNN_HD V tanh(V x) {
   using K = Constants<Element<V>>;
-  constexpr Element<V> kCancels = 0.625;
   const V a = magnitude(x);
   const V b = at_most(at_least(a, K::kTanhLinear), K::kTanhOne);
-  const V u = b * b;
-  const V small = b + b * (u * K::tanh_tail(u));
-  const V large = 1 - 2 / (exp(b + b) + 1);
-  const V y = select(a < K::kTanhLinear, a, select(b < kCancels, small, large));
-  return bits_as<V>(bits_as<Int<V>>(y) | (bits_as<Int<V>>(x) & K::kSign));
+  const V m = expm1(b + b);
+  const V y = select(a < K::kTanhLinear, a, m / (m + 2));
+  return from_bits<V>(bits(y) | (bits(x) & K::kSign));
 }
 
 // max(x, 0)

@@ -386,7 +386,7 @@ class BackwardScan : Scan<BackwardProblem> {
       A* normed = at.d_operand;
       A* as_it_was = normed + Hp_;
       A* operand = as_it_was + Hp_;
-      for (int64_t u = 0; u < Hp_; u += L) cell_.saved_operand(at, u, operand + u);
+      cell_.saved_operand(at, 0, Hp_, operand);
       copy_row(normed, Hp_, Hp_, d_gains + 2 * gates + Hp_);  // the shift's
       normalise_backward(GatesInSlots<A>{0, 1, Hp_}, p_.H, operand, gains + 2 * gates, normed,
                          normed, d_gains + 2 * gates);
@@ -395,9 +395,9 @@ class BackwardScan : Scan<BackwardProblem> {
       cell_.operand_backward(at);
     }
     A* const dx = at.gates_x + bias_gate_ * Hp_;
-    A* const dh = at.gates_h + bias_gate_ * Hp_;
+    A* const dh = info_.sums_gates ? dx : at.gates_h + bias_gate_ * Hp_;
     copy_row(at.gates_x, gates, gates, dx);
-    copy_row(info_.sums_gates ? at.gates_x : at.gates_h, gates, gates, dh);
+    if (!info_.sums_gates) copy_row(at.gates_h, gates, gates, dh);
     each_norm(GatesInSlots<A>{0, 0, Hp_}, [&](const GatesInSlots<A>& group) {
       normalise_backward(group, p_.H, raw, gains, dx, at.gates_x, d_gains);
       normalise_backward(group, p_.H, raw + gates, gains + gates, dh, at.gates_h, d_gains + gates);
@@ -593,7 +593,7 @@ class BackwardScan : Scan<BackwardProblem> {
           const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
           stage_row(Hp_, rows, row, dir.operand, [&](int64_t i) {
             A operand[L];
-            cell_.saved_operand(at, i, operand);
+            cell_.saved_operand(at, i, i + L, operand);
             return load(operand);
           });
         }
@@ -666,8 +666,9 @@ class BackwardScan : Scan<BackwardProblem> {
             height, kMaxVectors, [&](int64_t m, int64_t tile_height, TileFunction<A>) {
               const A* from = left + slab * ld_left + g * pad_units(units) + range.begin + m;
               for (int64_t k = 0; k < count; ++k)
-                for (int64_t i = 0; i < tile_height; i += L)
-                  store(columns + k * tile_height + i, load(from + k * ld_left + i));
+                for (int i = 0; i < max_rows(kMaxVectors); i += L)  // else a call of memmove
+                  if (i < tile_height)
+                    store(columns + k * tile_height + i, load(from + k * ld_left + i));
               accumulate(tile_height, count, columns, panels, N, overwrite,
                          out + (g * units + range.begin + m) * N);
             });

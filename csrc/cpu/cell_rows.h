@@ -53,7 +53,7 @@ template <class A>
 struct Tile {
   int64_t row, rows;
   int64_t unit;
-  int vectors;           // of units
+  int vectors, panels;   // vectors of units in each of the panels
   int64_t x_at, x_gate;  // where the first unit stands in a row of x, and how far its gates
   const A* h;            // pre-activations from h, or a normed operand, at the first row and unit
   int64_t ldh, h_gate;
@@ -89,8 +89,8 @@ struct CellRows {
   void (*operand)(const ForwardStep<S>&, const Tile<A>&);  // null for a cell without
   void (*backward)(const BackwardRow<A>&);
   void (*operand_backward)(const BackwardRow<A>&);
-  // A vector of the operand, that of unit u, from what was saved.
-  void (*saved_operand)(const BackwardRow<A>&, int64_t u, A* operand);
+  // The operand of units [begin, end), from what was saved.
+  void (*saved_operand)(const BackwardRow<A>&, int64_t begin, int64_t end, A* operand);
 };
 
 // h of a row and of the units from u on goes to the output, and on to the next step: as the output
@@ -115,85 +115,161 @@ FUSED_RNN_INLINE Vector<A> load_mask(const uint8_t* mask, int64_t n) {
   return load(lanes);
 }
 
-template <class Cell, class S>
-void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
+// Vectors of units that are equally far from one another.
+struct Line {
+  int64_t count;
+  int64_t row, unit, x, h;  // of the first, in step.x and tile.h
+  int64_t next_row, next_unit, next_x, next_h;
+};
+
+// Calls body(line) for what makes up a tile: down the rows of one panel, else from panel to panel,
+// which are panel_x and panel_h apart.
+template <class A, class Body>
+FUSED_RNN_INLINE void for_lines(const Tile<A>& tile, int64_t ldx, int64_t panel_x, int64_t panel_h,
+                                Body body) {
+  const bool down = tile.panels == 1;
+  const int64_t width = tile.vectors * kLanes<A>;
+  for (int64_t i = 0; i < (down ? 1 : tile.rows); ++i)
+    for (int64_t u = 0; u < width; u += kLanes<A>) {
+      const int64_t row = tile.row + i, x = row * ldx + tile.x_at + u, h = i * tile.ldh + u;
+      body(down ? Line{tile.rows, row, tile.unit + u, x, h, 1, 0, ldx, tile.ldh}
+                : Line{tile.panels, row, tile.unit + u, x, h, 0, width, panel_x, panel_h});
+    }
+}
+
+// What follows from the new states of a vector, whatever the call wants of them.
+template <class Cell, class S, class V>
+void settle(const ForwardStep<S>& step, int64_t row, int64_t u, V* state, const V* saved) {
   using A = Accumulate<S>;
-  using V = Vector<A>;
-  constexpr int L = kLanes<A>;
-  constexpr int G = Cell::kGates;
-  const int64_t x_gate = tile.x_gate, h_gate = tile.h_gate, slot_size = step.slot;
-  for (int v = 0; v < tile.vectors; ++v) {
-    const int64_t u = tile.unit + v * L;
-    const A* gx = step.x + tile.row * step.ldx + tile.x_at + v * L;
-    const A* gh = tile.h + v * L;
-    const auto* before = step.before ? step.before + tile.row * step.ld_state + u : nullptr;
-    A* c = Cell::kStates > 1 ? step.c + tile.row * step.ldc + u : nullptr;
-    auto* own = step.own ? step.own + tile.row * step.ld_own + u : nullptr;
-    A* slot = step.saved ? step.saved + tile.row * step.ld_saved + u : nullptr;
-    V w[Cell::kDiagonals + 1];
-    for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load(step.w + p * step.w_stride + u);
-    for (int64_t i = tile.row; i < tile.row + tile.rows; ++i) {
-      V x[G], h[G], prev[Cell::kStates], state[Cell::kStates], saved[Cell::kSaved + 1];
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) {
-        x[g] = load(gx + g * x_gate);
-        if (g >= Cell::kFirstGates) h[g] = load(gh + (g - Cell::kFirstGates) * h_gate);
-      }
-      if constexpr (Cell::kNormedOperand)
-        for (int i = 0; i < 2; ++i) h[i] = load(gh + i * h_gate);
-      prev[0] = before ? load(before) : V{};
-      if constexpr (Cell::kStates > 1) prev[1] = load(c);
-      Cell::forward(x, h, w, prev, state, saved);
-      if (step.zoned) {
-        const uint8_t* mask =
-            step.zoneout_mask ? step.zoneout_mask + step.place(i) * step.ld_zoneout + u : nullptr;
-#pragma GCC unroll 2
-        for (int s = 0; s < Cell::kStates; ++s) {
-          if (slot) store(slot + (step.own_slot + s) * slot_size, state[s]);
-          state[s] =
-              mask ? math::select(load_mask<A>(mask + s * step.zoneout_state, step.valid - u) != 0,
-                                  prev[s], state[s])
-                   : state[s] + step.zoneout[s] * (prev[s] - state[s]);
-        }
-      }
-      if constexpr (Cell::kStates > 1) {
-        store(c, state[1]);
-        c += step.ldc;
-        if (step.all_c)
-          store_partial(step.all_c + step.place(i) * step.ld_all_c + u, state[1], step.valid_c - u);
-      }
-      if (own) {
-        store(own, state[0]);
-        own += step.ld_own;
-      } else {
-        state[0] = emit_h(step, i, u, state[0]);
-      }
-      if (slot) {
-        store(own ? slot + step.own_slot * slot_size : slot, state[0]);
-#pragma GCC unroll 8
-        for (int s = 1; s < Cell::kStates; ++s) store(slot + s * slot_size, state[s]);
-#pragma GCC unroll 8
-        for (int s = 0; s < Cell::kSaved; ++s)
-          store(slot + (Cell::kStates + s) * slot_size, saved[s]);
-        slot += step.ld_saved;
-      }
-      gx += step.ldx;
-      gh += tile.ldh;
-      if (before) before += step.ld_state;
+  A* slot = step.saved ? step.saved + row * step.ld_saved + u : nullptr;
+  if (step.zoned) {
+    V before[Cell::kStates];
+    before[0] = step.before ? load(step.before + row * step.ld_state + u) : V{};
+    if constexpr (Cell::kStates > 1) before[1] = load(step.c + row * step.ldc + u);
+    const uint8_t* mask =
+        step.zoneout_mask ? step.zoneout_mask + step.place(row) * step.ld_zoneout + u : nullptr;
+    for (int s = 0; s < Cell::kStates; ++s) {
+      if (slot) store(slot + (step.own_slot + s) * step.slot, state[s]);
+      state[s] =
+          mask ? math::select(load_mask<A>(mask + s * step.zoneout_state, step.valid - u) != 0,
+                              before[s], state[s])
+               : state[s] + step.zoneout[s] * (before[s] - state[s]);
     }
   }
+  if constexpr (Cell::kStates > 1) {
+    store(step.c + row * step.ldc + u, state[1]);
+    if (step.all_c)
+      store_partial(step.all_c + step.place(row) * step.ld_all_c + u, state[1], step.valid_c - u);
+  }
+  if (step.own)
+    store(step.own + row * step.ld_own + u, state[0]);
+  else
+    state[0] = emit_h(step, row, u, state[0]);
+  if (!slot) return;
+  store(step.own ? slot + step.own_slot * step.slot : slot, state[0]);
+  for (int s = 1; s < Cell::kStates; ++s) store(slot + s * step.slot, state[s]);
+  for (int s = 0; s < Cell::kSaved; ++s) store(slot + (Cell::kStates + s) * step.slot, saved[s]);
+}
+
+template <class Cell, class S>
+FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile,
+                                   Line line) {
+  using A = Accumulate<S>;
+  using V = Vector<A>;
+  constexpr int G = Cell::kGates;
+  constexpr bool kHasC = Cell::kStates > 1;
+  // Whether nothing is wanted but h and c.
+  const bool plain = !step.zoned && !step.own && !step.all_c && !step.h_mask && !step.y_order;
+  const auto first = [&](auto* base, int64_t ld) {
+    return base ? base + line.row * ld + line.unit : base;
+  };
+  const auto next = [&](int64_t ld) { return line.next_row * ld + line.next_unit; };
+  // All of it in registers: the compiler takes what is written here for what `step` holds.
+  const A* x_at = step.x + line.x;
+  const A* h_at = tile.h + line.h;
+  const auto* before = first(step.before, step.ld_state);
+  auto* after = first(step.after, step.ld_state);
+  A* c = first(step.c, step.ldc);
+  S* y = first(step.y, step.ldy);
+  A* slot = first(step.saved, step.ld_saved);
+  const int64_t next_state = next(step.ld_state), next_c = next(step.ldc), next_y = next(step.ldy),
+                next_slot = next(step.ld_saved);
+  const int64_t x_gate = tile.x_gate, h_gate = tile.h_gate, slot_size = step.slot;
+  // The next vectors of the line, one or a pair.
+  const auto advance = [&]<class P>(P) __attribute__((always_inline)) {
+    constexpr int n = sizeof(P) / sizeof(V);
+    P x[G], h[G], w[Cell::kDiagonals + 1], prev[Cell::kStates], state[Cell::kStates],
+        saved[Cell::kSaved + 1];
+    prev[0] = before ? load_as<P>(before, next_state) : P{};
+    if constexpr (kHasC) prev[1] = load_as<P>(c, next_c);
+    for (int p = 0; p < Cell::kDiagonals; ++p)
+      w[p] = load_as<P>(step.w + p * step.w_stride + line.unit, line.next_unit);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      x[g] = load_as<P>(x_at + g * x_gate, line.next_x);
+      if (g >= Cell::kFirstGates)
+        h[g] = load_as<P>(h_at + (g - Cell::kFirstGates) * h_gate, line.next_h);
+    }
+    if constexpr (Cell::kNormedOperand)
+      for (int i = 0; i < 2; ++i) h[i] = load_as<P>(h_at + i * h_gate, line.next_h);
+
+    Cell::forward(x, h, w, prev, state, saved);
+
+    if (plain && line.unit + (n - 1) * line.next_unit + kLanes<A> <= step.valid) {
+      // What settle() would do.
+      state[0] = round_to<S>(state[0]);
+      store_as(after, next_state, state[0]);
+      store_as(y, next_y, state[0]);
+      if constexpr (kHasC) store_as(c, next_c, state[1]);
+      if (slot) {
+#pragma GCC unroll 2
+        for (int s = 0; s < Cell::kStates; ++s) store_as(slot + s * slot_size, next_slot, state[s]);
+#pragma GCC unroll 8
+        for (int s = 0; s < Cell::kSaved; ++s)
+          store_as(slot + (Cell::kStates + s) * slot_size, next_slot, saved[s]);
+      }
+    } else {
+      for (int i = 0; i < n; ++i) {
+        V states[Cell::kStates], values[Cell::kSaved + 1];
+        for (int s = 0; s < Cell::kStates; ++s) states[s] = vector_of(state[s], i);
+        for (int s = 0; s < Cell::kSaved; ++s) values[s] = vector_of(saved[s], i);
+        settle<Cell>(step, line.row + i * line.next_row, line.unit + i * line.next_unit, states,
+                     values);
+      }
+    }
+    x_at += n * line.next_x;
+    h_at += n * line.next_h;
+    if (before) before += n * next_state;
+    after += n * next_state;
+    if constexpr (kHasC) c += n * next_c;
+    y += n * next_y;
+    if (slot) slot += n * next_slot;
+    line.row += n * line.next_row;
+    line.unit += n * line.next_unit;
+  };
+  for (int64_t pairs = line.count / 2; pairs > 0; --pairs) advance(Pair<V>{});
+  if (line.count % 2) advance(V{});
+}
+
+template <class Cell, class S>
+void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
+  constexpr int kGatesOfH = Cell::kGates - Cell::kFirstGates;
+  const int64_t panel_h = Cell::kNormedOperand ? tile.vectors * kLanes<Accumulate<S>>  // one value
+                                               : kGatesOfH * tile.h_gate;
+  for_lines(tile, step.ldx, Cell::kGates * tile.x_gate, panel_h,
+            [&](Line line)
+                __attribute__((always_inline)) { forward_line<Cell>(step, tile, line); });
 }
 
 template <class Cell, class S>
 void operand_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
   using V = Vector<Accumulate<S>>;
-  constexpr int L = kLanes<Accumulate<S>>;
   constexpr int F = Cell::kFirstGates;
-  for (int v = 0; v < tile.vectors; ++v)
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      const int64_t row = tile.row + i, u = tile.unit + v * L;
-      Accumulate<S>* gx = step.x + row * step.ldx + tile.x_at + v * L;
-      const Accumulate<S>* gh = tile.h + i * tile.ldh + v * L;
+  for_lines(tile, step.ldx, Cell::kGates * tile.x_gate, F * tile.h_gate, [&](Line line) {
+    for (; line.count > 0; --line.count) {
+      const int64_t row = line.row, u = line.unit;
+      Accumulate<S>* gx = step.x + line.x;
+      const Accumulate<S>* gh = tile.h + line.h;
       V x[F], h[F], first[F];
 #pragma GCC unroll 8
       for (int g = 0; g < F; ++g) {
@@ -210,7 +286,12 @@ void operand_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
         store(step.operand + row * step.ld_own + u, operand);
 #pragma GCC unroll 8
       for (int g = 0; g < F; ++g) store(gx + g * tile.x_gate, first[g]);
+      line.row += line.next_row;
+      line.unit += line.next_unit;
+      line.x += line.next_x;
+      line.h += line.next_h;
     }
+  });
 }
 
 template <class Cell, class A>
@@ -284,10 +365,12 @@ void operand_backward_row(const BackwardRow<A>& at) {
 }
 
 template <class Cell, class A>
-void saved_operand(const BackwardRow<A>& at, int64_t u, A* operand) {
-  Vector<A> saved[Cell::kSaved + 1], prev[Cell::kStates];
-  load_before<Cell>(at, u, saved, prev);
-  store(operand, Cell::saved_operand(saved, prev));
+void saved_operand(const BackwardRow<A>& at, int64_t begin, int64_t end, A* operand) {
+  for (int64_t u = begin; u < end; u += kLanes<A>) {
+    Vector<A> saved[Cell::kSaved + 1], prev[Cell::kStates];
+    load_before<Cell>(at, u, saved, prev);
+    store(operand + u - begin, Cell::saved_operand(saved, prev));
+  }
 }
 
 template <class Cell, class S>

@@ -13,11 +13,18 @@ class ForwardScan : Scan<ForwardProblem> {
   using W = Packed<S>;
   static constexpr int L = kLanes<A>;
   static constexpr int kPanelWidth = kMaxVectors * L;
+  // Bytes of L1 for products that the cell is applied to, and for weights that are used again.
+  static constexpr int64_t kProducts = 8192, kWeights = 20480;
   alignas(64) static constexpr A kZeros[2 * kPanelWidth] = {};  // a bias
 
  public:
   ForwardScan(const CellRows<S>& cell, const ForwardProblem& problem, const Plan& plan)
-      : Scan(cell.info, problem, plan), cell_(cell), G_(cell.info.gates) {}
+      : Scan(cell.info, problem, plan), cell_(cell), G_(cell.info.gates) {
+    // Backward and norms work on whole rows.
+    const int64_t panel = widest_panel<A>(info_);
+    if (!p_.saved && !info_.norm_gates) units_ = (p_.H + panel - 1) / panel * panel;
+    if (units_ > Hp_) units_ = Hp_;
+  }
 
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
@@ -346,10 +353,19 @@ class ForwardScan : Scan<ForwardProblem> {
     if (rows > 0) {
       const ForwardStep<S>& at = rows_of_step(task, member, t, index_in_chunk, parity);
       const auto& r = task.packed.recurrent[which];
-      for_panels_at_once<A>(r.packed ? rows : 0, r.gates, member.units.begin, member.units.end,
-                            [&](int64_t unit, int vectors, int panels) {
-                              panel(task, member, at, rows, parity, which, unit, vectors, panels);
-                            });
+      for_equal_panels<A>(r.gates, member.units.begin, member.units.end,
+                          [&](int64_t unit, int vectors, int panels) {
+                            const int64_t highest = max_rows(r.gates * vectors);
+                            const int64_t width = int64_t(r.gates) * vectors * L;
+                            const int64_t most = panels_of_block(rows, highest, width);
+                            for (int64_t p = 0; p < panels; p += most) {
+                              const int n = int(panels - p < most ? panels - p : most);
+                              for_heights(rows, highest, [&](int64_t m, int64_t height) {
+                                block(task, member, at, m, height, parity, which,
+                                      unit + p * vectors * L, vectors, n);
+                              });
+                            }
+                          });
       if (info_.norm_gates) normed_step(task, member, at, rows, t);
       if (p_.projected()) project(task, at, rows);
     }
@@ -357,44 +373,45 @@ class ForwardScan : Scan<ForwardProblem> {
       reset(task, member, task.d == 0 ? t + 1 : t - 1, 1 - parity);
   }
 
-  // Some units of it: the product tile by tile, and on each tile the cell.
-  void panel(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
-             int64_t parity, int which, int64_t unit, int vectors, int panels) const {
+  // How many panels are done together, for the cell to have much to do at once.
+  int64_t panels_of_block(int64_t rows, int64_t highest, int64_t width) const {
+    const int64_t height = rows < highest ? rows : highest;
+    int64_t panels = kProducts / (height * width * int64_t(sizeof(A)));
+    if (rows > highest) {
+      const int64_t hot = kWeights / (packed_rows<W>(p_.R) * width * int64_t(sizeof(W)));
+      panels = hot < panels ? hot : panels;
+    }
+    return panels > 1 ? panels - panels % 2 : 1;
+  }
+
+  // Some rows and panels of it: the product, and while that is in L1, the cell.
+  void block(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t m,
+             int64_t height, int64_t parity, int which, int64_t unit, int vectors,
+             int panels) const {
     const Direction& dir = *task.dir;
     const auto& r = task.packed.recurrent[which];
     const int64_t width = int64_t(r.gates) * vectors * L;
-    const A* bias = info_.norm_gates ? kZeros : r.bias + unit * r.gates;
-    const auto cell = [&](int64_t m, int64_t height, const A* gates_h, int64_t ldh) {
-      if (info_.norm_gates) {
-        A* row = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
-        for (int64_t i = 0; i < height; ++i)
-          copy_row(gates_h + i * ldh, panels * width, panels * width, row + i * G_ * Hp_);
-        return;
-      }
-      for (int p = 0; p < panels; ++p)
-        apply_cell(member, at, m, height, which, unit + p * vectors * L, vectors,
-                   gates_h + p * width, ldh);
-    };
-    if (!info_.recurrent) return cell(0, rows, bias, 0);
+    const A* bias = r.bias + unit * r.gates;
+    if (!info_.recurrent)
+      return apply_cell(member, at, m, height, which, unit, vectors, panels, bias, 0);
     const int64_t lda = which == 0 ? Rp_ : Hp_;
     const O* h = dir.h_mask ? dir.masked[parity] : dir.h[parity];
-    const O* a = (which == 0 ? h : dir.operand) + member.rows.begin * lda;
-    alignas(64) A gates_h[kMaxRows * kPanelWidth];
-    if (r.packed) {
-      const W* packed = r.packed + unit * r.gates * packed_rows<W>(p_.R);
-      for_row_tiles<O, W>(rows, panels, r.gates * vectors,
-                          [&](int64_t m, int64_t height, TileFunction<O, W> tile) {
-                            tile(p_.R, a + m * lda, lda, packed, width, bias, 0, gates_h, width);
-                            cell(m, height, gates_h, width);
-                          });
-      return;
-    }
+    const O* a = (which == 0 ? h : dir.operand) + (member.rows.begin + m) * lda;
     const S* w = static_cast<const S*>(task.weights.hh) + r.first * p_.H * p_.R;
-    for (int64_t m = 0; m < rows; m += kMaxRows) {
-      const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-      dot<S>(height, p_.R, a + m * lda, lda, w, r.gates, p_.H, unit, vectors, bias, gates_h, width);
-      cell(m, height, gates_h, width);
+    alignas(64) A products[kProducts / sizeof(A)];
+    A* out = products;
+    int64_t ldo = panels * width;
+    if (info_.norm_gates) {
+      out = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
+      ldo = G_ * Hp_;
     }
+    for (int p = 0, n; p < panels; p += n) {
+      n = height == 1 && r.packed && p + 1 < panels ? 2 : 1;
+      product(r.gates, height, p_.R, a, lda, w, p_.H, r.packed, unit + p * vectors * L, vectors, n,
+              info_.norm_gates ? kZeros : bias + p * width, out + p * width, ldo);
+    }
+    if (!info_.norm_gates)
+      apply_cell(member, at, m, height, which, unit, vectors, panels, products, ldo);
   }
 
   // The cell, where it waits for the products of all units.
@@ -402,10 +419,11 @@ class ForwardScan : Scan<ForwardProblem> {
                    int64_t t) const {
     const Direction& dir = *task.dir;
     const int64_t ldh = G_ * Hp_;
-    const auto each_panel = [&](int64_t m, int64_t height, auto body) {
-      for_panels<A>(G_, 0, Hp_, [&](int64_t unit, int vectors) {
+    const auto each_tile = [&](int64_t m, int64_t height, auto body) {
+      for_equal_panels<A>(G_, 0, Hp_, [&](int64_t unit, int vectors, int panels) {
         const A* h = dir.gates_h + (member.rows.begin + m) * ldh + unit * G_;
-        body(Tile<A>{m, height, unit, vectors, unit * G_, vectors * L, h, ldh, vectors * L});
+        body(
+            Tile<A>{m, height, unit, vectors, panels, unit * G_, vectors * L, h, ldh, vectors * L});
       });
     };
     const A* gain = task.packed.diag + (info_.diagonals + 2 * G_) * Hp_;
@@ -415,15 +433,15 @@ class ForwardScan : Scan<ForwardProblem> {
         normalise_gates(dir.gates_h + b * ldh, task.packed.gain_hh, task.packed.recurrent[0].bias,
                         saved_row(task, t, b, slots_ - G_));
       if (!info_.normed_operand) {
-        each_panel(m, height, [&](const Tile<A>& tile) { cell_.forward(at, tile); });
+        each_tile(m, height, [&](const Tile<A>& tile) { cell_.forward(at, tile); });
         continue;
       }
-      each_panel(m, height, [&](const Tile<A>& tile) { cell_.operand(at, tile); });
+      each_tile(m, height, [&](const Tile<A>& tile) { cell_.operand(at, tile); });
       for (int64_t i = m; i < m + height; ++i) {
         A* normed = at.normed + i * at.ld_normed;
         normalise(GatesInSlots<A>{0, 1, Hp_}, p_.H, normed + Hp_, gain, gain + Hp_, normed);
       }
-      each_panel(m, height, [&](Tile<A> tile) {
+      each_tile(m, height, [&](Tile<A> tile) {
         tile.h = at.normed + m * at.ld_normed + tile.unit;
         tile.ldh = at.ld_normed;
         tile.h_gate = Hp_;
@@ -433,18 +451,21 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   void apply_cell(const Member& member, const ForwardStep<S>& at, int64_t m, int64_t height,
-                  int which, int64_t unit, int vectors, const A* gates_h, int64_t ldh) const {
+                  int which, int64_t unit, int vectors, int panels, const A* gates_h,
+                  int64_t ldh) const {
     const int64_t gate = vectors * L;
     if (!info_.two_products())
-      return cell_.forward(at, {m, height, unit, vectors, unit * G_, gate, gates_h, ldh, gate});
+      return cell_.forward(at,
+                           {m, height, unit, vectors, panels, unit * G_, gate, gates_h, ldh, gate});
     // The panels of x are those of all gates.
     const int64_t most = panel_units<A>(G_);
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t u = unit + v * L;
+    const int64_t gates = which == 0 ? info_.first_gates : G_ - info_.first_gates;
+    for (int i = 0; i < panels * vectors; ++i) {
+      const int64_t u = unit + i * L;
       const int64_t panel = member.units.begin + (u - member.units.begin) / most * most;
       const int64_t end = panel + most < member.units.end ? panel + most : member.units.end;
-      const Tile<A> tile{m,           height,          u,   1,   panel * G_ + u - panel,
-                         end - panel, gates_h + v * L, ldh, gate};
+      const A* h = gates_h + i / vectors * gates * gate + i % vectors * L;
+      const Tile<A> tile{m, height, u, 1, 1, panel * G_ + u - panel, end - panel, h, ldh, gate};
       which == 0 ? cell_.operand(at, tile) : cell_.forward(at, tile);
     }
   }

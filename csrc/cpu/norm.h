@@ -44,11 +44,15 @@ FUSED_RNN_INLINE Vector<A> only_units(Vector<A> v, int64_t valid) {
   return load_partial(lanes, valid > 0 ? valid : 0);
 }
 
-template <class A>
+template <class A, int span = kLanes<A> / 2>
 FUSED_RNN_INLINE A sum_of_lanes(Vector<A> v) {
-  A sum = 0;
-  for (int lane = 0; lane < kLanes<A>; ++lane) sum += v[lane];
-  return sum;
+  if constexpr (span == 0) {
+    return v[0];
+  } else {
+    Vector<A> other = v;
+    swap_blocks<A, span>(v, other, std::make_integer_sequence<int, kLanes<A>>{});
+    return sum_of_lanes<A, span / 2>(v + other);
+  }
 }
 
 template <class A>
@@ -90,9 +94,10 @@ void normalise_backward(const Gates& gates, int64_t H, const A* row, const A* ga
   Vector<A> sum{}, sum_with{};
   gates.each([&](int64_t at, int, int64_t) {
     const Vector<A> xhat = moments.normalised(load(row + at)), d = load(dy + at);
+    const Vector<A> weighed = d * load(gain + at);
     store(d_gain + at, d * xhat);
-    sum += d * load(gain + at);
-    sum_with += d * load(gain + at) * xhat;
+    sum += weighed;
+    sum_with += weighed * xhat;
   });
   const A mean = sum_of_lanes<A>(sum) / count, mean_with = sum_of_lanes<A>(sum_with) / count;
   gates.each([&](int64_t at, int, int64_t u) {

@@ -25,6 +25,16 @@ FUSED_RNN_INLINE void for_panels(int gates, int64_t begin, int64_t end, Body bod
     body(unit, int((end - unit < width ? end - unit : width) / kLanes<A>));
 }
 
+// The same, with body(first_unit, vectors, panels) for panels of equal width that follow one
+// another.
+template <class A, class Body>
+FUSED_RNN_INLINE void for_equal_panels(int gates, int64_t begin, int64_t end, Body body) {
+  const int64_t width = panel_units<A>(gates), full = (end - begin) / width;
+  if (full) body(begin, int(width / kLanes<A>), int(full));
+  begin += full * width;
+  if (begin < end) body(begin, int((end - begin) / kLanes<A>), 1);
+}
+
 // Calls body(first_unit, vectors, panels) for what a product of so many rows takes of them at once.
 template <class A, class Body>
 FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,

@@ -103,15 +103,19 @@ PackedWeights<S> weights_in(void* block, const CellInfo& cell, const WeightSizes
   return weights;
 }
 
-// Units after which a panel begins in every product of a cell.
-template <class S>
-int64_t panel_step(const CellInfo& cell) {
-  using A = Accumulate<S>;
-  int64_t step = kUnitPad;
+// Units after which a panel begins in every product of a cell: all of them are powers of two.
+template <class A>
+int64_t widest_panel(const CellInfo& cell) {
+  int64_t units = 1;
   const int parts[] = {cell.gates, cell.first_gates, cell.gates - cell.first_gates};
   for (const int gates : parts)
-    if (gates && panel_units<A>(gates) > step) step = panel_units<A>(gates);
-  return step;  // all of them are powers of two
+    if (gates && panel_units<A>(gates) > units) units = panel_units<A>(gates);
+  return units;
+}
+template <class S>
+int64_t panel_step(const CellInfo& cell) {
+  const int64_t units = widest_panel<Accumulate<S>>(cell);
+  return units > kUnitPad ? units : kUnitPad;
 }
 
 template <class S>

@@ -52,7 +52,7 @@ class Scan {
         const int index = i % size;
         if (!by_units || index == 0) rows = parts.next();
         members_[d][i] = {index, size, rows,
-                          by_units ? part_of(Hp_, plan_.unit_step, index, size) : Range{0, Hp_}};
+                          by_units ? part_of(Hp_, plan_.unit_step, index, size) : Range{0, units_}};
       }
     }
   }
@@ -175,6 +175,7 @@ class Scan {
   const Steps& steps_;
   const int64_t Hp_;
   const int64_t Rp_;
+  int64_t units_ = Hp_;      // of a member that has all of them
   const int64_t slots_;      // of saved
   const int64_t widest_;     // features that a layer takes
   const int64_t part_rows_;  // sequences of a member, at most

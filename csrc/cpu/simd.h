@@ -10,7 +10,7 @@
 #include <type_traits>  // types, nothing is compiled from them
 #include <utility>
 
-#include "../core/platform.h"
+#include "../core/math.h"
 
 // A translation unit defines FUSED_RNN_ISA (avx512, avx2, baseline) before including this.
 // Everything compiled under its flags lives in a namespace of that name: two units never share a
@@ -365,6 +365,58 @@ FUSED_RNN_INLINE Vector<float> multiply_add(Vector<float> sum, U32Vector a, U32V
 #endif
 }
 
+// Two vectors side by side: while one waits for a result, the other has work. An arithmetic type of
+// core/math.h.
+template <class V>
+struct Pair {
+  using E = math::Element<V>;
+  V a, b;
+
+  Pair() = default;
+  FUSED_RNN_INLINE Pair(V a, V b) : a(a), b(b) {}
+  FUSED_RNN_INLINE Pair(E value) : a(value - V{}), b(value - V{}) {}
+
+  friend FUSED_RNN_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+  friend FUSED_RNN_INLINE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+  friend FUSED_RNN_INLINE Pair operator-(Pair x) { return {-x.a, -x.b}; }
+  friend FUSED_RNN_INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+  friend FUSED_RNN_INLINE Pair operator/(Pair x, Pair y) { return {x.a / y.a, x.b / y.b}; }
+  friend FUSED_RNN_INLINE Pair operator&(Pair x, Pair y) { return {x.a & y.a, x.b & y.b}; }
+  friend FUSED_RNN_INLINE Pair operator|(Pair x, Pair y) { return {x.a | y.a, x.b | y.b}; }
+  friend FUSED_RNN_INLINE Pair operator<<(Pair x, int n) { return {x.a << n, x.b << n}; }
+  friend FUSED_RNN_INLINE auto operator<(Pair x, Pair y) {
+    return Pair<decltype(x.a < y.a)>{x.a < y.a, x.b < y.b};
+  }
+  FUSED_RNN_INLINE Pair& operator+=(Pair y) { return *this = *this + y; }
+};
+
+template <class V>
+FUSED_RNN_INLINE V vector_of(V v, int) {
+  return v;
+}
+template <class V>
+FUSED_RNN_INLINE V vector_of(const Pair<V>& pair, int i) {
+  return i ? pair.b : pair.a;
+}
+
+// A vector at p, or a pair at p and at p + next.
+template <class P, class S>
+FUSED_RNN_INLINE P load_as(const S* p, int64_t next) {
+  if constexpr (sizeof(P) == sizeof(Vector<Accumulate<S>>))
+    return load(p);
+  else
+    return P(load(p), load(p + next));
+}
+template <class S, class V>
+FUSED_RNN_INLINE void store_as(S* p, int64_t, V v) {
+  store(p, v);
+}
+template <class S, class V>
+FUSED_RNN_INLINE void store_as(S* p, int64_t next, const Pair<V>& pair) {
+  store(p, pair.a);
+  store(p + next, pair.b);
+}
+
 // What a value becomes when it is written to memory as S and read back.
 template <class S, class V>
 FUSED_RNN_INLINE V round_to(V v) {
@@ -375,6 +427,10 @@ FUSED_RNN_INLINE V round_to(V v) {
     store(buffer, v);
     return load(buffer);
   }
+}
+template <class S, class V>
+FUSED_RNN_INLINE Pair<V> round_to(const Pair<V>& pair) {
+  return {round_to<S>(pair.a), round_to<S>(pair.b)};
 }
 
 // Swaps the off-diagonal blocks of size `span` between rows a and b of a square of lanes.
@@ -416,3 +472,42 @@ FUSED_RNN_INLINE Vector<A> sum_lanes(Vector<A> (&rows)[kLanes<A>]) {
 }
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA
+
+namespace fused_rnn::math {
+
+#if defined(__AVX2__) && !defined(FUSED_RNN_VECTOR_BYTES)
+template <>
+struct Extremes<cpu::FUSED_RNN_ISA::Vector<float>> {
+  using V = cpu::FUSED_RNN_ISA::Vector<float>;
+#if defined(__AVX512F__)
+  FUSED_RNN_INLINE static V larger(V a, V b) { return _mm512_max_ps(a, b); }
+  FUSED_RNN_INLINE static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
+#else
+  FUSED_RNN_INLINE static V larger(V a, V b) { return _mm256_max_ps(a, b); }
+  FUSED_RNN_INLINE static V smaller(V a, V b) { return _mm256_min_ps(a, b); }
+#endif
+};
+#endif
+
+template <class V>
+struct Arithmetic<cpu::FUSED_RNN_ISA::Pair<V>> {
+  using Pair = cpu::FUSED_RNN_ISA::Pair<V>;
+  using Int = cpu::FUSED_RNN_ISA::Pair<math::Int<V>>;
+  using Element = math::Element<V>;
+  using One = Arithmetic<V>;
+  FUSED_RNN_INLINE static Int bits(Pair v) { return {One::bits(v.a), One::bits(v.b)}; }
+  FUSED_RNN_INLINE static Pair from_bits(Int v) {
+    return {One::from_bits(v.a), One::from_bits(v.b)};
+  }
+  FUSED_RNN_INLINE static Pair select(Int condition, Pair x, Pair y) {
+    return {One::select(condition.a, x.a, y.a), One::select(condition.b, x.b, y.b)};
+  }
+  FUSED_RNN_INLINE static Pair larger(Pair x, Pair y) {
+    return {One::larger(x.a, y.a), One::larger(x.b, y.b)};
+  }
+  FUSED_RNN_INLINE static Pair smaller(Pair x, Pair y) {
+    return {One::smaller(x.a, y.a), One::smaller(x.b, y.b)};
+  }
+};
+
+}  // namespace fused_rnn::math

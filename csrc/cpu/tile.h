@@ -177,18 +177,25 @@ constexpr TileFunction<X, W> kTwoPanels = tile<X, W, Left::kRows, Right::kPanel,
 template <class X, class W, Left kLeft, Right kRight>
 inline constexpr TileTable<X, W, kLeft, kRight> kTiles{};
 
-// Calls body(first_row, rows, tile) for tiles of nearly equal height over `rows` rows of a panel: 8
-// rows are 4 + 4, not 6 + 2, because a low tile is bound by loading weights.
-template <class X, class W, Left kLeft, Right kRight, class Body>
-FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
-  const int64_t highest = max_rows(vectors);
-  const int64_t tiles = (rows + highest - 1) / highest;
-  int64_t row = 0;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t height = (rows - row) / (tiles - i);
-    body(row, height, kTiles<X, W, kLeft, kRight>.at[vectors - 1][height - 1]);
+// Calls body(first_row, rows) for tiles over so many rows: nearly equal ones, 4 + 4 rather than 6 +
+// 2, because a low tile is bound by loading weights, and of an even height, because the cell takes
+// rows in pairs.
+template <class Body>
+FUSED_RNN_INLINE void for_heights(int64_t rows, int64_t highest, Body body) {
+  for (int64_t row = 0, left = (rows + highest - 1) / highest; left > 0; --left) {
+    int64_t height = (rows - row + left - 1) / left;
+    if (height % 2 && height < highest && left > 1) ++height;
+    body(row, height);
     row += height;
   }
+}
+
+// Calls body(first_row, rows, tile) for the tiles over so many rows of a panel.
+template <class X, class W, Left kLeft, Right kRight, class Body>
+FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
+  for_heights(rows, max_rows(vectors), [&](int64_t row, int64_t height) {
+    body(row, height, kTiles<X, W, kLeft, kRight>.at[vectors - 1][height - 1]);
+  });
 }
 
 // The same over `panels` packed ones: two only of one row.

@@ -32,7 +32,7 @@ struct Sigmoid {
 
 struct Tanh {
   static constexpr const char* kName = "tanh";
-  static constexpr double kMaxUlp = 1.5;
+  static constexpr double kMaxUlp = 2.6;
   template <class V>
   static V ours(V x) {
     return math::tanh(x);
