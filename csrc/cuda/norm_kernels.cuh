@@ -21,15 +21,15 @@ FUSED_RNN_DEVICE A count_of(int n, int64_t H) {
   return A(n == kNorms<Cell> ? 1 : n == 0 ? Cell::kNormGates : others) * A(H);
 }
 
-// Of the norms from `first` on: values(u, take) calls take(n, value) for all values of unit u, n
-// counted from `first`.
-template <class Cell, int first = 0, class A, int kCount, class Values>
+// Of the norms from kFirst on: values(u, take) calls take(n, value) for all values of unit u, n
+// counted from kFirst.
+template <class Cell, int kFirst = 0, class A, int kCount, class Values>
 FUSED_RNN_DEVICE void take_moments(int64_t H, RowSums<A>& sum, RowMoments<A> (&moments)[kCount],
                                    Values values) {
   A sums[kCount] = {}, squares[kCount] = {};
   for_each_unit(H, [&](int64_t u) { values(u, [&](int n, A value) { sums[n] += value; }); });
   sum(sums);
-  for (int n = 0; n < kCount; ++n) moments[n].mean = sums[n] / count_of<Cell, A>(first + n, H);
+  for (int n = 0; n < kCount; ++n) moments[n].mean = sums[n] / count_of<Cell, A>(kFirst + n, H);
   for_each_unit(H, [&](int64_t u) {
     values(u, [&](int n, A value) {
       const A d = value - moments[n].mean;
@@ -38,7 +38,7 @@ FUSED_RNN_DEVICE void take_moments(int64_t H, RowSums<A>& sum, RowMoments<A> (&m
   });
   sum(squares);
   for (int n = 0; n < kCount; ++n)
-    moments[n].rstd = rstd_of(squares[n] / count_of<Cell, A>(first + n, H));
+    moments[n].rstd = rstd_of(squares[n] / count_of<Cell, A>(kFirst + n, H));
 }
 
 // A row of products: gate g of unit u after its norm.
