@@ -438,8 +438,6 @@ def _route(
     if c0 is not None:
         tensors.append(c0)
     route, reason = _choose(tensors, compiling)
-    if route == "fused" and input.is_cuda and reference.CELLS[cell].norm_gates:
-        route, reason = "reference", "layer normalisation has no kernels for cuda"
     if route == "torch" and (len(options) > 3 or not hasattr(_VF, cell)):
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):

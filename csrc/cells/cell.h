@@ -53,6 +53,16 @@ struct CellDefaults {
   static constexpr bool kNormedOperand = false;
 };
 
+// Norms of one product, and which of them a gate is in.
+template <class C>
+constexpr int kNorms = C::kNormGates == 0          ? 0
+                       : C::kNormGates < C::kGates ? 2
+                                                   : 1;
+template <class C>
+FUSED_RNN_HD constexpr int norm_of(int gate) {
+  return gate < C::kNormGates ? 0 : 1;
+}
+
 template <class C>
 constexpr bool kHasOperand = C::kFirstGates > 0;
 template <class C>

@@ -21,6 +21,9 @@ FUSED_RNN_INLINE constexpr CellInfo info_of() {
           C::kFirstGates, C::kRecurrent, C::kSumsGates, C::kNormGates, C::kNormedOperand};
 }
 
+template <Cell C>
+constexpr int kUnitWeights = info_of<C>().unit_weights();
+
 FUSED_RNN_INLINE constexpr bool same_name(const char* a, const char* b) {
   while (*a != '\0' && *a == *b) {
     ++a;

@@ -31,11 +31,11 @@ struct CellInfo {
   int norm_gates;
   bool normed_operand;
 
-  bool two_products() const { return first_gates > 0 && !normed_operand; }
+  constexpr bool two_products() const { return first_gates > 0 && !normed_operand; }
   // Gains of the gates from x and of those from h, then gain and shift of the operand.
-  int gains() const { return norm_gates ? 2 * gates + 2 * normed_operand : 0; }
+  constexpr int gains() const { return norm_gates ? 2 * gates + 2 * normed_operand : 0; }
   // Parameters of a unit besides its rows of the matrices and the biases.
-  int unit_weights() const { return diagonals + gains(); }
+  constexpr int unit_weights() const { return diagonals + gains(); }
 };
 
 // The rows (t, b) of a batch of sequences, numbered in time-major order. Ragged batches are sorted

@@ -1,10 +1,7 @@
-// Layer normalisation of a row (Ba, Kiros and Hinton, 2016), over the units of some gates together:
-//
-//   y = gain xhat + shift,  xhat = (a - mean(a)) rstd,  rstd = 1 / sqrt(var(a) + eps)
-//
-// eps is that of torch.nn.LayerNorm.
+// Layer normalisation of a row, over the units of some gates together.
 #pragma once
 
+#include "../core/norm.h"
 #include "pack.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
@@ -56,8 +53,8 @@ FUSED_RNN_INLINE A sum_of_lanes(Vector<A> v) {
 }
 
 template <class A>
-struct Moments {
-  A mean, rstd;
+struct Moments : RowMoments<A> {
+  using RowMoments<A>::mean, RowMoments<A>::rstd;
 
   // Of H units of each gate.
   template <class Gates>
@@ -71,9 +68,8 @@ struct Moments {
       const Vector<A> d = only_units<A>(load(row + at) - mean, H - u);
       squares += d * d;
     });
-    rstd = 1 / __builtin_sqrt(sum_of_lanes<A>(squares) / count + A(1e-5));
+    rstd = rstd_of(sum_of_lanes<A>(squares) / count);
   }
-  FUSED_RNN_INLINE Vector<A> normalised(Vector<A> a) const { return (a - mean) * rstd; }
 };
 
 // y may be the row itself. Gain and shift stand like the row; its padding must be zero.
@@ -81,7 +77,7 @@ template <class A, class Gates>
 void normalise(const Gates& gates, int64_t H, const A* row, const A* gain, const A* shift, A* y) {
   const Moments<A> moments(gates, H, row);
   gates.each([&](int64_t at, int, int64_t) {
-    store(y + at, moments.normalised(load(row + at)) * load(gain + at) + load(shift + at));
+    store(y + at, moments.scaled(load(row + at), load(gain + at), load(shift + at)));
   });
 }
 
@@ -102,8 +98,8 @@ void normalise_backward(const Gates& gates, int64_t H, const A* row, const A* ga
   const A mean = sum_of_lanes<A>(sum) / count, mean_with = sum_of_lanes<A>(sum_with) / count;
   gates.each([&](int64_t at, int, int64_t u) {
     const Vector<A> xhat = moments.normalised(load(row + at));
-    const Vector<A> d = load(dy + at) * load(gain + at) - mean - xhat * mean_with;
-    store(d_row + at, only_units<A>(d * moments.rstd, H - u));
+    const Vector<A> d = moments.backward(load(dy + at) * load(gain + at), xhat, mean, mean_with);
+    store(d_row + at, only_units<A>(d, H - u));
   });
 }
 

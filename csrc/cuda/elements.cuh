@@ -82,4 +82,11 @@ FUSED_RNN_DEVICE void for_each_element(int64_t rows, int64_t units, Body body) {
       body(row, unit);
 }
 
+// Of a warp, to all its lanes, and to all the same bits: what two lanes exchange they add up.
+template <class A>
+FUSED_RNN_DEVICE A sum_of_lanes(A v) {
+  for (int step = dev::kWarp / 2; step > 0; step /= 2) v += dev::shuffle_xor(v, step);
+  return v;
+}
+
 }  // namespace fused_rnn::cuda

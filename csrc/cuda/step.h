@@ -39,7 +39,33 @@ struct Zoneout {
   Rows mask;                     // uint8 [rows, S*H], or which units of them; data null for none
 };
 
-// One step forward. S is the storage type, A the type that is accumulated in.
+// Rows of products, of W_ih or W_hh, and their norm. S is the storage type, A the type that is
+// accumulated in.
+template <class A>
+struct NormedRows {
+  DType type;
+  int64_t rows, H;
+  A* products;        // [rows, G*H]; for those of x also where the pre-activations go
+  const void* gain;   // S [G*H]
+  const void* shift;  // S [G*H]: the bias, null for none
+  A* raw;             // [rows, G slots of saved]: where they are kept; null in inference
+  int64_t ld_saved, slot;
+};
+
+// The way back.
+template <class A>
+struct NormedRowsBackward {
+  DType type;
+  int64_t rows, H;
+  const A* raw;  // [rows, G slots of saved]
+  int64_t ld_saved, slot;
+  const void* gain;  // S [G*H]
+  const A* d_gates;  // [rows, G*H]
+  void* d_products;  // S [rows, G*H]
+  A* d_gain;         // [rows, unit weights * H], from the first of these gains on; or null
+};
+
+// One step forward.
 template <class A>
 struct ForwardStep {
   DType type;
@@ -48,7 +74,7 @@ struct ForwardStep {
   const A* gates_h;     // [rows, gates of the product * H], without bias; null for no product
   const void* bias_ih;  // S [G*H], null for none
   const void* bias_hh;  // S [G*H]
-  const void* diag;     // S [P*H]
+  const void* diag;     // S [P*H], and behind it the gains
   const void* h;        // S [B, R]: before the step
   void* h_after;        // S [B, R]: after it, what the next one begins with
   void* masked_after;   // S [B, R]: the same times h_mask, for the product; null for no mask
@@ -69,6 +95,9 @@ struct ForwardStep {
   // Of a product in the kernel itself, for few rows: gates_h is not read.
   const void* weight_hh;  // S [G*H, R]
   const void* h_operand;  // S [B, R]: h, or h times its mask
+  // Where gates are normalised.
+  NormedRows<A> normed_h;
+  A* normed;  // [rows, H]: the operand of a norm
 };
 
 // What backward knows of the gradients of the states after a step: they come from the outputs of
@@ -104,19 +133,21 @@ struct BackwardStep {
   Begins begins;  // who began with this step, and had initial states or zeros before it
   bool begins_initial;
   Initial initial;
-  const void* diag;  // S [P*H]
+  const void* diag;  // S [P*H], and behind it the gains
   Zoneout zoneout;
   Incoming<A> incoming;
-  const A* d_own;      // [rows, H]: gradient of the cell's own h where a projection follows
-  void* d_gates_x;     // S [rows, G*H]
-  void* d_gates_h;     // S [rows, G*H], the same pointer where x and h are summed
-  const A* d_operand;  // [rows, H]
-  A* d_diag;           // [rows, P*H], null when not wanted
-  void* h_before;      // S [rows, R]: right operand of the gradient of W_hh, null when not wanted
-  void* operand;       // S [rows, H], likewise
+  const A* d_own;    // [rows, H]: gradient of the cell's own h where a projection follows
+  DType gates_type;  // S; A where they are normalised, and these are not yet those of the products
+  void* d_gates_x;   // [rows, G*H]
+  void* d_gates_h;   // [rows, G*H], the same pointer where x and h are summed
+  A* d_operand;      // [rows, H]; of a norm [rows, 3, H]: normalised, as it was, and its value
+  A* d_diag;         // [rows, unit weights * H], null when not wanted
+  void* h_before;    // S [rows, R]: right operand of the gradient of W_hh, null when not wanted
+  void* operand;     // S [rows, H], likewise
   // Of a product in the kernel itself, for few rows: incoming.product is null.
-  const void* weight_hh;  // S [G*H, R]
-  const void* d_walked;   // S [rows, G*H]: d_gates_h of the step walked before
+  const void* weight_hh;           // S [G*H, R]
+  const void* d_walked;            // S [rows, G*H]: d_gates_h of the step walked before
+  NormedRowsBackward<A> normed_h;  // where gates are normalised
 };
 
 // One step backward through a projection: the gradient of h is left as the operand of a product.
@@ -144,6 +175,9 @@ struct CellLaunches {
   dev::Status (*operand)(const ForwardStep<A>&, dev::Stream);  // null for a cell with one product
   dev::Status (*backward)(const BackwardStep<A>&, dev::Stream);
   dev::Status (*operand_backward)(const BackwardStep<A>&, dev::Stream);
+  // The products of x, before the steps of a chunk and after them; null for a cell without norms.
+  dev::Status (*normalise)(const NormedRows<A>&, dev::Stream);
+  dev::Status (*normalise_backward)(const NormedRowsBackward<A>&, dev::Stream);
 };
 
 // Those of the cell of that name, or null. In cells_float.cu and cells_double.cu.

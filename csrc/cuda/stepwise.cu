@@ -131,6 +131,11 @@ class Scan {
 
   bool has_c() const { return info_.states > 1; }
 
+  // Where gates are normalised: their gains among the weights of the units, and the first slot of
+  // the products before that.
+  int64_t gain_of(bool of_h) const { return (info_.diagonals + (of_h ? G_ : 0)) * p_.H; }
+  int64_t raw_slot(bool of_h) const { return slots_ - (of_h ? 1 : 2) * G_; }
+
   // Rows of a tensor of the caller as a factor: as they are, where they are a matrix.
   bool is_matrix(const Sequence& sequence, int64_t features, const Chunk& chunk,
                  Matrix* matrix) const {
@@ -225,6 +230,7 @@ class ForwardScan : Scan<ForwardProblem> {
     own_ = arena.take<char>(p_.projected() ? steps_.B * p_.H * size_ : 0);
     projected_ = arena.take<A>(p_.projected() ? steps_.B * p_.R : 0);
     operand_ = arena.take<char>(info_.two_products() ? steps_.B * p_.H * size_ : 0);
+    normed_ = arena.take<A>(info_.normed_operand ? steps_.B * p_.H : 0);
     gates_h_ = arena.take<A>(info_.recurrent ? steps_.B * G_ * p_.H : 0);
     gates_x_ = arena.take<A>(chunk_rows_ * G_ * p_.H);
     staged_ = arena.take<char>(is_scattered(p_.input, p_.I) ? chunk_rows_ * p_.I * size_ : 0);
@@ -286,10 +292,32 @@ class ForwardScan : Scan<ForwardProblem> {
       const Matrix x = input_rows(task.input, task.I, chunk, staged_);
       multiply(x, matrix(task.weights.ih, G_ * p_.H, task.I).t(),
                accumulated(gates_x_, chunk.rows, G_ * p_.H));
+      if (info_.norm_gates)
+        check(cell_.normalise(normed_rows(task, false, gates_x_, chunk.row, chunk.rows),
+                              device_.stream));
       for (int64_t i = 0; i < chunk.count; ++i)
         step(task, chunk, d == 0 ? chunk.first + i : chunk.first + chunk.count - 1 - i,
              std::exchange(parity, 1 - parity));
     });
+  }
+
+  A* saved_rows(int64_t plane, int64_t row) const {
+    return p_.saved ? static_cast<A*>(p_.saved) + (plane * steps_.N + row) * slots_ * Hp_ : nullptr;
+  }
+
+  // Products of h or of x, those of the rows from `row` on.
+  NormedRows<A> normed_rows(const Task& task, bool of_h, A* products, int64_t row,
+                            int64_t rows) const {
+    A* saved = saved_rows(task.plane, row);
+    return {type_,
+            rows,
+            p_.H,
+            products,
+            at(task.weights.diag, gain_of(of_h)),
+            of_h ? task.weights.bias_hh : task.weights.bias_ih,
+            saved ? saved + raw_slot(of_h) * Hp_ : nullptr,
+            slots_ * Hp_,
+            Hp_};
   }
 
   ForwardStep<A> step_at(const Task& task, const Chunk& chunk, int64_t t, int parity) const {
@@ -315,9 +343,7 @@ class ForwardScan : Scan<ForwardProblem> {
     s.all_c = rows_of(p_.all_c, t);
     s.all_c.data = at(s.all_c.data, task.d * p_.H);
     s.zoneout = zoneout(task.plane, t);
-    if (p_.saved)
-      s.saved =
-          static_cast<A*>(p_.saved) + (task.plane * steps_.N + steps_.offset(t)) * slots_ * Hp_;
+    s.saved = saved_rows(task.plane, steps_.offset(t));
     s.ld_saved = slots_ * Hp_;
     s.slot = Hp_;
     s.own_slot = info_.states + info_.saved;
@@ -332,6 +358,8 @@ class ForwardScan : Scan<ForwardProblem> {
     if (p_.reset_to_initial) s.initial = initial(task.plane);
     s.weight_hh = task.weights.hh;
     s.h_operand = masked_[parity] ? masked_[parity] : h_[parity];
+    if (info_.norm_gates) s.normed_h = normed_rows(task, true, gates_h_, steps_.offset(t), s.rows);
+    s.normed = normed_;
     return s;
   }
 
@@ -363,6 +391,7 @@ class ForwardScan : Scan<ForwardProblem> {
   char* own_;        // S [B, H]: what a projection is applied to
   A* projected_;     // [B, R]
   char* operand_;    // S [B, H], of the second product
+  A* normed_;        // [B, H]: the operand of a norm
   A* gates_h_;       // [B, G*H]
   A* gates_x_;       // [chunk rows, G*H]
   char* staged_;     // S [chunk rows, I]
@@ -387,11 +416,15 @@ class BackwardScan : Scan<BackwardProblem> {
     d_h0_ = arena.take<A>(adds_up ? B * R : 0);
     d_c0_ = arena.take<A>(adds_up && has_c() ? B * H : 0);
     d_own_ = arena.take<A>(p_.projected() ? B * H : 0);
-    d_operand_ = arena.take<A>(info_.two_products() ? B * H : 0);
-    d_gates_x_ = arena.take<char>(chunk_rows_ * G_ * H * size_);
-    d_gates_h_ = info_.sums_gates ? d_gates_x_ : arena.take<char>(chunk_rows_ * G_ * H * size_);
+    d_operand_ = arena.take<A>(info_.normed_operand ? 3 * B * H : info_.two_products() ? B * H : 0);
+    const int64_t gates = chunk_rows_ * G_ * H;
+    d_gates_x_ = arena.take<char>(gates * size_);
+    const bool same_products = info_.sums_gates && !info_.norm_gates;
+    d_gates_h_ = same_products ? d_gates_x_ : arena.take<char>(gates * size_);
+    d_normed_x_ = arena.take<A>(info_.norm_gates ? gates : 0);
+    d_normed_h_ = info_.sums_gates ? d_normed_x_ : arena.take<A>(info_.norm_gates ? gates : 0);
     d_h_ = arena.take<char>(p_.projected() ? chunk_rows_ * R * size_ : 0);
-    d_diag_ = arena.take<A>(weights ? chunk_rows_ * info_.diagonals * H : 0);
+    d_diag_ = arena.take<A>(weights ? chunk_rows_ * info_.unit_weights() * H : 0);
     h_before_ = arena.take<char>(weights && info_.recurrent ? chunk_rows_ * R * size_ : 0);
     operand_ = arena.take<char>(weights && info_.two_products() ? chunk_rows_ * H * size_ : 0);
     own_ = arena.take<char>(weights && p_.projected() ? chunk_rows_ * H * size_ : 0);
@@ -400,11 +433,11 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t below = p_.layers > 1 && !reads_saved() ? p_.dirs * R : 0;
     x_ = arena.take<char>(weights ? chunk_rows_ * (staged > below ? staged : below) * size_ : 0);
     const int64_t slabs = slabs_of(chunk_rows_);
-    const int64_t columns = (G_ > info_.diagonals ? G_ : info_.diagonals) * H;
+    const int64_t columns = (G_ > info_.unit_weights() ? G_ : info_.unit_weights()) * H;
     for (A*& sums : slab_sums_) sums = arena.take<A>(weights ? slabs * columns : 0);
     d_bias_ih_ = arena.take<A>(weights ? G_ * H : 0);
     d_bias_hh_ = info_.sums_gates ? d_bias_ih_ : arena.take<A>(weights ? G_ * H : 0);
-    d_diag_sum_ = arena.take<A>(weights ? info_.diagonals * H : 0);
+    d_diag_sum_ = arena.take<A>(weights ? info_.unit_weights() * H : 0);
     const bool several = weights && chunk_steps_ < steps_.T;
     d_ih_ = arena.take<A>(several ? G_ * H * widest_ : 0);
     d_hh_ = arena.take<A>(several && info_.recurrent ? G_ * H * R : 0);
@@ -463,6 +496,9 @@ class BackwardScan : Scan<BackwardProblem> {
         step(task, chunk, t, fused, next_fused, chunk.is_last && i + 1 == chunk.count);
         fused = next_fused;
       }
+      if (info_.norm_gates && (p_.d_weights || needs_input(layer)))
+        check(cell_.normalise_backward(normed_rows(task, false, chunk, chunk.row, chunk.rows),
+                                       device_.stream));
       if (p_.d_weights) weight_gradients(task, chunk);
       if (needs_input(layer)) input_gradient(task, chunk);
     });
@@ -522,6 +558,23 @@ class BackwardScan : Scan<BackwardProblem> {
     return in;
   }
 
+  // The way back through the norms of h or x, of the rows from `row` on.
+  NormedRowsBackward<A> normed_rows(const Task& task, bool of_h, const Chunk& chunk, int64_t row,
+                                    int64_t rows) const {
+    const int64_t gates = (row - chunk.row) * G_ * p_.H;
+    const int64_t weights = (row - chunk.row) * info_.unit_weights() * p_.H;
+    return {type_,
+            rows,
+            p_.H,
+            saved_rows(task.plane, row) + raw_slot(of_h) * Hp_,
+            slots_ * Hp_,
+            Hp_,
+            at(task.weights.diag, gain_of(of_h)),
+            (of_h ? d_normed_h_ : d_normed_x_) + gates,
+            at(of_h ? d_gates_h_ : d_gates_x_, gates),
+            d_diag_ ? d_diag_ + weights + gain_of(of_h) : nullptr};
+  }
+
   BackwardStep<A> step_at(const Task& task, const Chunk& chunk, int64_t t) const {
     const int64_t row = steps_.offset(t) - chunk.row, H = p_.H;
     BackwardStep<A> s{};
@@ -545,10 +598,17 @@ class BackwardScan : Scan<BackwardProblem> {
     s.zoneout = zoneout(task.plane, t);
     s.incoming = incoming(task, t);
     s.d_own = d_own_;
+    s.gates_type = type_;
     s.d_gates_x = at(d_gates_x_, row * G_ * H);
     s.d_gates_h = at(d_gates_h_, row * G_ * H);
+    if (info_.norm_gates) {
+      s.gates_type = sum_type_;
+      s.d_gates_x = d_normed_x_ + row * G_ * H;
+      s.d_gates_h = d_normed_h_ + row * G_ * H;
+      s.normed_h = normed_rows(task, true, chunk, steps_.offset(t), s.rows);
+    }
     s.d_operand = d_operand_;
-    s.d_diag = d_diag_ ? d_diag_ + row * info_.diagonals * H : nullptr;
+    s.d_diag = d_diag_ ? d_diag_ + row * info_.unit_weights() * H : nullptr;
     s.h_before = at(h_before_, row * p_.R);
     s.operand = at(operand_, row * H);
     return s;
@@ -572,15 +632,16 @@ class BackwardScan : Scan<BackwardProblem> {
       u.H = H;
       u.R = R;
       u.d_h = at(d_h_, row * R);
-      u.saved = s.saved + (slots_ - 1) * Hp_;
+      u.saved = s.saved + (info_.states + info_.saved) * Hp_;
       u.ld_saved = s.ld_saved;
       u.own = at(own_, row * H);
       launch<unproject_step<A>>(s.rows, H, u);
       multiply(matrix(u.d_h, s.rows, R), matrix(w.hr, R, H), accumulated(d_own_, s.rows, H));
     }
     check((fused ? cell_.fused_backward : cell_.backward)(s, device_.stream));
+    char* const d_gates_h = at(d_gates_h_, row * G_ * H);
     if (info_.two_products()) {
-      Matrix gates = matrix(at(s.d_gates_h, first_gates_ * H), s.rows, (G_ - first_gates_) * H);
+      Matrix gates = matrix(at(d_gates_h, first_gates_ * H), s.rows, (G_ - first_gates_) * H);
       gates.ld = G_ * H;
       multiply(gates, matrix(at(w.hh, first_gates_ * H * R), gates.cols, R),
                accumulated(d_operand_, s.rows, R));
@@ -588,7 +649,7 @@ class BackwardScan : Scan<BackwardProblem> {
     }
     // Behind the last step lies h0, whose gradient may not be wanted.
     if (!info_.recurrent || next_fused || (is_last && !p_.d_h0)) return;
-    Matrix gates = matrix(s.d_gates_h, s.rows, first_gates_ * H);
+    Matrix gates = matrix(d_gates_h, s.rows, first_gates_ * H);
     gates.ld = G_ * H;
     multiply(gates, matrix(w.hh, gates.cols, R), accumulated(product_, s.rows, R));
   }
@@ -624,11 +685,17 @@ class BackwardScan : Scan<BackwardProblem> {
     }
     if (p_.projected())
       weight_gradient(chunk, matrix(d_h_, rows, R), matrix(own_, rows, H), grads.hr, d_hr_);
+    const auto bias = [&](const char* d_gates, const A* d_normed, A* sum) {
+      if (info_.norm_gates)
+        column_sums(chunk, sum_type_, d_normed, G_ * H, sum);
+      else
+        column_sums(chunk, type_, d_gates, G_ * H, sum);
+    };
     if (grads.bias_ih) {
-      column_sums(chunk, type_, d_gates_x_, G_ * H, d_bias_ih_);
-      if (!info_.sums_gates) column_sums(chunk, type_, d_gates_h_, G_ * H, d_bias_hh_);
+      bias(d_gates_x_, d_normed_x_, d_bias_ih_);
+      if (!info_.sums_gates) bias(d_gates_h_, d_normed_h_, d_bias_hh_);
     }
-    if (grads.diag) column_sums(chunk, sum_type_, d_diag_, info_.diagonals * H, d_diag_sum_);
+    if (grads.diag) column_sums(chunk, sum_type_, d_diag_, info_.unit_weights() * H, d_diag_sum_);
   }
 
   // out (+)= the sum of the rows of a chunk, slab by slab, and the slabs in the same way.
@@ -654,7 +721,7 @@ class BackwardScan : Scan<BackwardProblem> {
     };
     round(d_bias_ih_, G_ * p_.H, grads.bias_ih);
     round(d_bias_hh_, G_ * p_.H, grads.bias_hh);
-    round(d_diag_sum_, info_.diagonals * p_.H, grads.diag);
+    round(d_diag_sum_, info_.unit_weights() * p_.H, grads.diag);
   }
 
   // What the layer was given, [chunk rows, I].
@@ -692,11 +759,13 @@ class BackwardScan : Scan<BackwardProblem> {
   A* d_h0_;          // [B, R]: gradients of initial states that ended at resets
   A* d_c0_;          // [B, H]
   A* d_own_;         // [B, H]: gradient of what a projection was applied to
-  A* d_operand_;     // [B, H]
-  char* d_gates_x_;  // S [chunk rows, G*H]: gradient of W_ih x + b_ih
-  char* d_gates_h_;  // S [chunk rows, G*H]: of W_hh h + b_hh
+  A* d_operand_;     // [B, H]; of a norm [B, 3, H]
+  char* d_gates_x_;  // S [chunk rows, G*H]: gradient of W_ih x
+  char* d_gates_h_;  // S [chunk rows, G*H]: of W_hh h
+  A* d_normed_x_;    // [chunk rows, G*H]: of W_ih x after its norm; those of the biases are sums
+  A* d_normed_h_;    // of it, and without a norm of the two above
   char* d_h_;        // S [chunk rows, R]: of a projected h
-  A* d_diag_;        // [chunk rows, P*H]
+  A* d_diag_;        // [chunk rows, unit weights * H]
   char* h_before_;   // S [chunk rows, R]: right operands of the weights' gradients
   char* operand_;    // S [chunk rows, H]
   char* own_;        // S [chunk rows, H]
@@ -704,7 +773,7 @@ class BackwardScan : Scan<BackwardProblem> {
   A* slab_sums_[2];  // [slabs, columns], read and written in turn
   A* d_bias_ih_;     // [G*H]
   A* d_bias_hh_;
-  A* d_diag_sum_;  // [P*H]
+  A* d_diag_sum_;  // [unit weights * H]
   A* d_ih_;        // weight gradients of several chunks, before they are rounded to S
   A* d_hh_;
   A* d_hr_;

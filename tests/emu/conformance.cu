@@ -215,17 +215,23 @@ void shuffle_words() {
   shuffle_of<long long>();
 }
 
+// Of a block whose last warp is short.
 FUSED_RNN_KERNEL void ballots(uint32_t* y) {
   const int lane = lane_index();
-  y[lane] = ballot(lane % 3 == 0);
-  if (lane < 16) y[32 + lane] = ballot(lane % 2 == 0, 0xffffu);
+  if (warp_index() == 0) {
+    y[lane] = ballot(lane % 3 == 0);
+    if (lane < 16) y[32 + lane] = ballot(lane % 2 == 0, 0xffffu);
+  } else {
+    y[48 + lane] = ballot(lane % 2 == 1, 0xffu);
+  }
 }
 
 void ballot_words() {
-  Buffer<uint32_t> y(48, 0);
-  started(launch<ballots>({.block = {kWarp}}, nullptr, y.data()));
+  Buffer<uint32_t> y(56, 0);
+  started(launch<ballots>({.block = {kWarp + 8}}, nullptr, y.data()));
   std::vector<uint32_t> wanted(32, 0x49249249u);
   wanted.resize(48, 0x5555u);
+  wanted.resize(56, 0xaau);
   equal("ballot", y.host(), wanted);
 }
 

@@ -357,7 +357,8 @@ void complete(Barrier& barrier, int first, int count) {
 void complete(Group& group, Warp& warp) {
   group.arrived = 0;
   ++group.generation;
-  wake(&group, warp.first, kWarp);
+  const int behind = m.threads - m.fibers[size_t(warp.first)].rank;  // the last warp may be short
+  wake(&group, warp.first, std::min(kWarp, behind));
 }
 
 // The thread has returned from the kernel: who waited for all others may go on.

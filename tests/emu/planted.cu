@@ -13,6 +13,7 @@
 #include <string>
 
 #include "buffer.h"
+#include "cuda/row_sums.cuh"
 
 namespace fused_rnn::dev {
 namespace {
@@ -359,6 +360,40 @@ FUSED_RNN_KERNEL void exchanged_registers(float* y) {
   }
 }
 
+// Sums over a block as RowSums takes them, with one place where it has two in turn.
+template <bool bug>
+FUSED_RNN_KERNEL void next_sum_overwrites_the_last(float* y) {
+  float* s = shared<float>();
+  const int t = thread_rank(), warps = block_size().x / kWarp;
+  float all = 0;
+  for (int round = 1; round <= 3; ++round) {
+    float* partial = s + (bug ? 0 : round % 2) * warps;
+    const float sum = cuda::sum_of_lanes(float(round * t));
+    if (lane_index() == 0) partial[warp_index()] = sum;
+    sync_block();
+    for (int w = 0; w < warps; ++w) all += partial[w];
+  }
+  y[t] = all;
+}
+
+enum class TailBug { kNone, kReads, kReturns };
+
+// A row that does not fill its block: threads without a unit bring nothing, but come.
+template <TailBug bug>
+FUSED_RNN_KERNEL void row_with_a_tail(const float* x, float* y) {
+  constexpr int kUnits = 37;
+  const int t = thread_rank();
+  if (bug == TailBug::kReturns && t >= kUnits) return;
+  cuda::RowSums<float> sum;
+  float sums[2] = {};
+  cuda::for_each_unit(bug == TailBug::kReads ? kUnits + 1 : kUnits, [&](int64_t u) {
+    sums[0] += x[u];
+    sums[1] += 1;
+  });
+  sum(sums);
+  y[t] = sums[0] / sums[1];
+}
+
 // What a kernel should have given.
 
 using Expected = std::function<float(int)>;
@@ -531,6 +566,8 @@ struct Case {
         WRONG(__VA_ARGS__)            \
   }
 
+template <bool bug, TailBug which>
+constexpr auto kRowWithATail = row_with_a_tail < bug ? which : TailBug::kNone > ;
 template <bool bug, FlagBug which>
 constexpr auto kHandOver = hand_over < bug ? which : FlagBug::kNone > ;
 
@@ -598,6 +635,15 @@ const Case kCases[] = {
                 3 * kThreads, kThreads, kThreads,
                 [](int t) { return float(3 * (2 * kThreads - 1 - t)); })),
     PLANTED(sums_into_uninitialised, plain, in_block<sums_into_uninitialised<bug>>(itself)),
+    PLANTED(next_sum_overwrites_the_last, plain tsan,
+            in_block<next_sum_overwrites_the_last<bug>>(
+                [](int) { return float(6 * kThreads * (kThreads - 1) / 2); })),
+    PLANTED(tail_is_not_masked, asan,
+            in_block_from<kRowWithATail<bug, TailBug::kReads>>(37, kThreads, kThreads,
+                                                               [](int) { return 18.0f; })),
+    PLANTED(threads_of_the_tail_return, plain,
+            in_block_from<kRowWithATail<bug, TailBug::kReturns>>(37, kThreads, kThreads,
+                                                                 [](int) { return 18.0f; })),
     PLANTED(exchanged_registers, plain, product<exchanged_registers<bug>>()),
 };
 

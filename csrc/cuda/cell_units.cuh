@@ -1,0 +1,182 @@
+// A cell, one unit of one row of a step: what a thread does between the sums over k and over rows.
+// What is formula here stands in csrc/cells.
+#pragma once
+
+#include "../cells/registry.h"
+#include "states.cuh"
+
+namespace fused_rnn::cuda {
+
+// The states before the step.
+template <class Cell, class A>
+FUSED_RNN_DEVICE void load_before(const ForwardStep<A>& s, int64_t b, int64_t u, A* prev) {
+  // A projected cell (LSTM) does not read the h before it except through W_hh.
+  prev[0] = s.own ? A(0) : load<A>(s.type, s.h, b * s.R + u);
+  if constexpr (Cell::kStates > 1) prev[1] = s.c[b * s.H + u];
+}
+
+// product(g) is what W_hh h adds to gate g, without bias; where gates are normalised, it and the x
+// of the gate are behind their biases already. Of a normed operand it is what the cell calls h.
+template <class Cell, class A, class Product>
+FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u, Product product) {
+  constexpr int G = Cell::kGates;
+  const int64_t H = s.H;
+  A x[G], h[G] = {}, w[Cell::kDiagonals + 1], prev[Cell::kStates], state[Cell::kStates],
+          saved[Cell::kSaved + 1];
+  for (int g = 0; g < G; ++g) {
+    x[g] = s.gates_x[(b * G + g) * H + u];
+    // The first gates of two products are behind their bias already.
+    if (g < Cell::kFirstGates) continue;
+    if constexpr (Cell::kRecurrent) h[g] = product(g);
+    if constexpr (Cell::kNormGates == 0) {
+      x[g] += load_or_zero<A>(s.type, s.bias_ih, g * H + u);
+      h[g] += load_or_zero<A>(s.type, s.bias_hh, g * H + u);
+    }
+  }
+  if constexpr (Cell::kNormedOperand)
+    for (int i = 0; i < 2; ++i) h[i] = product(i);
+  for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load<A>(s.type, s.diag, p * H + u);
+  load_before<Cell>(s, b, u, prev);
+  Cell::forward(x, h, w, prev, state, saved);
+
+  A* slots = s.saved ? s.saved + b * s.ld_saved + u : nullptr;
+  if (s.zoneout.any) {
+    const auto* mask = static_cast<const uint8_t*>(s.zoneout.mask.data);
+    for (int k = 0; k < Cell::kStates; ++k) {
+      if (slots) slots[(s.own_slot + k) * s.slot] = state[k];
+      if (!mask)
+        state[k] += A(s.zoneout.share[k]) * (prev[k] - state[k]);
+      else if (mask[s.zoneout.mask.at(b) + k * H + u])
+        state[k] = prev[k];
+    }
+  }
+  if constexpr (Cell::kStates > 1) {
+    s.c[b * H + u] =
+        s.next(b) ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : state[1];
+    if (s.all_c.data) store(s.type, s.all_c.data, s.all_c.at(b) + u, state[1]);
+    if (b >= s.ends && s.c_n.data) store(s.type, s.c_n.data, s.c_n.at(b) + u, state[1]);
+  }
+  if (s.own)
+    store(s.type, s.own, b * H + u, state[0]);
+  else
+    state[0] = emit_h(s, b, u, state[0]);
+  if (!slots) return;
+  slots[s.own ? s.own_slot * s.slot : 0] = state[0];
+  for (int k = 1; k < Cell::kStates; ++k) slots[k * s.slot] = state[k];
+  for (int k = 0; k < Cell::kSaved; ++k) slots[(Cell::kStates + k) * s.slot] = saved[k];
+}
+
+// The operand; what becomes of the first gates goes to the place of x.
+template <class Cell, class A, class Product>
+FUSED_RNN_DEVICE A operand_unit(const ForwardStep<A>& s, int64_t b, int64_t u, Product product) {
+  constexpr int G = Cell::kGates, F = Cell::kFirstGates;
+  const int64_t H = s.H;
+  A x[F], h[F], first[F], prev[Cell::kStates];
+  for (int g = 0; g < F; ++g) {
+    x[g] = s.gates_x[(b * G + g) * H + u];
+    h[g] = product(g);
+    if constexpr (Cell::kNormGates == 0) {
+      x[g] += load_or_zero<A>(s.type, s.bias_ih, g * H + u);
+      h[g] += load_or_zero<A>(s.type, s.bias_hh, g * H + u);
+    }
+  }
+  load_before<Cell>(s, b, u, prev);
+  const A operand = Cell::operand(x, h, prev, first);
+  for (int g = 0; g < F; ++g) s.gates_x[(b * G + g) * H + u] = first[g];
+  return operand;
+}
+
+// The states before the step, and what the cell saved there.
+template <class Cell, class A>
+FUSED_RNN_DEVICE void load_before(const BackwardStep<A>& s, int64_t b, int64_t u, A* saved,
+                                  A* prev) {
+  for (int k = 0; k < Cell::kSaved; ++k)
+    saved[k] = s.saved[b * s.ld_saved + (Cell::kStates + k) * s.slot + u];
+  const bool begins = s.begins(b);
+  if (!begins && b < s.before_rows) {
+    for (int k = 0; k < Cell::kStates; ++k) prev[k] = s.before[b * s.ld_saved + k * s.slot + u];
+    return;
+  }
+  const bool initial = !begins || s.begins_initial;
+  prev[0] =
+      initial && u < s.R ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u) : A(0);
+  if constexpr (Cell::kStates > 1)
+    prev[1] = initial ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : A(0);
+}
+
+// d_h() is the gradient of h after the step.
+template <class Cell, class A, class Gradient>
+FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t u, Gradient d_h) {
+  constexpr int G = Cell::kGates;
+  const int64_t H = s.H;
+  A saved[Cell::kSaved + 1], prev[Cell::kStates], state[Cell::kStates], d_state[Cell::kStates];
+  A w[Cell::kDiagonals + 1], dw[Cell::kDiagonals + 1];
+  // A gate that waits for the operand is written later.
+  A dx[G] = {}, dh[G] = {}, d_prev[Cell::kStates];
+  load_before<Cell>(s, b, u, saved, prev);
+  for (int k = 0; k < Cell::kStates; ++k)
+    state[k] = s.saved[b * s.ld_saved + (s.own_slot + k) * s.slot + u];
+  d_state[0] = d_h();
+  if constexpr (Cell::kStates > 1) d_state[1] = incoming_c(s.incoming, b, u, H);
+
+  A kept[Cell::kStates] = {};  // gradients of the states before by way of zoneout
+  if (s.zoneout.any) {
+    const auto* mask = static_cast<const uint8_t*>(s.zoneout.mask.data);
+    for (int k = 0; k < Cell::kStates; ++k) {
+      const A share =
+          mask ? A(mask[s.zoneout.mask.at(b) + k * H + u] ? 1 : 0) : A(s.zoneout.share[k]);
+      kept[k] = d_state[k] * share;
+      d_state[k] -= kept[k];
+    }
+  }
+  for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load<A>(s.type, s.diag, p * H + u);
+  Cell::backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw);
+  for (int g = 0; g < G; ++g) {
+    store(s.gates_type, s.d_gates_x, (b * G + g) * H + u, dx[g]);
+    if constexpr (!Cell::kSumsGates) store(s.gates_type, s.d_gates_h, (b * G + g) * H + u, dh[g]);
+  }
+  if constexpr (Cell::kDiagonals > 0)
+    if (s.d_diag)
+      for (int p = 0; p < Cell::kDiagonals; ++p)
+        s.d_diag[(b * kUnitWeights<Cell> + p) * H + u] = dw[p];
+  if (s.incoming.direct) s.incoming.direct[b * s.R + u] = d_prev[0] + kept[0];
+  if constexpr (Cell::kStates > 1) s.incoming.dc[b * H + u] = d_prev[1] + kept[1];
+  if (s.h_before && u < s.R)
+    store(s.type, s.h_before, b * s.R + u,
+          s.incoming.h_mask.data
+              ? prev[0] * load<A>(s.type, s.incoming.h_mask.data, s.incoming.h_mask.at(b) + u)
+              : prev[0]);
+  if constexpr (kTwoProducts<Cell>)
+    if (s.operand) store(s.type, s.operand, b * H + u, Cell::saved_operand(saved, prev));
+  if constexpr (Cell::kNormedOperand) {
+    for (int i = 0; i < 2; ++i) s.d_operand[(3 * b + i) * H + u] = dh[i];
+    s.d_operand[(3 * b + 2) * H + u] = Cell::saved_operand(saved, prev);
+  }
+}
+
+// Where no product is in the kernel itself.
+template <class Cell, class A>
+FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t u) {
+  backward_unit<Cell>(
+      s, b, u, [&] { return s.d_own ? s.d_own[b * s.H + u] : incoming_h(s.incoming, b, u, s.R); });
+}
+
+template <class Cell, class A>
+FUSED_RNN_DEVICE void operand_backward_unit(const BackwardStep<A>& s, int64_t b, int64_t u,
+                                            A d_operand) {
+  constexpr int G = Cell::kGates;
+  static_assert(Cell::kSumsGates);
+  A saved[Cell::kSaved + 1], prev[Cell::kStates], dx[G], d_prev[Cell::kStates];
+  load_before<Cell>(s, b, u, saved, prev);
+  for (int g = 0; g < G; ++g) dx[g] = load<A>(s.gates_type, s.d_gates_x, (b * G + g) * s.H + u);
+  A* const direct = s.incoming.direct ? s.incoming.direct + b * s.R + u : nullptr;
+  A* const dc = Cell::kStates > 1 ? s.incoming.dc + b * s.H + u : nullptr;
+  d_prev[0] = direct ? *direct : A(0);
+  if constexpr (Cell::kStates > 1) d_prev[1] = *dc;
+  Cell::operand_backward(saved, prev, d_operand, dx, dx, d_prev);
+  for (int g = 0; g < G; ++g) store(s.gates_type, s.d_gates_x, (b * G + g) * s.H + u, dx[g]);
+  if (direct) *direct = d_prev[0];
+  if constexpr (Cell::kStates > 1) *dc = d_prev[1];
+}
+
+}  // namespace fused_rnn::cuda
