@@ -4,8 +4,6 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <stdexcept>
@@ -14,6 +12,7 @@
 
 #include "../cuda/stepwise.h"
 #include "memory.h"
+#include "stable.h"
 
 namespace fused_rnn {
 namespace {

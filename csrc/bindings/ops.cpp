@@ -1,8 +1,4 @@
 // torch.ops.fused_rnn: check, allocate, unwrap, call.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -23,6 +19,7 @@
 #include "../cpu/team.h"
 #include "cuda.h"
 #include "memory.h"
+#include "stable.h"
 
 namespace fused_rnn {
 namespace {
