@@ -13,7 +13,9 @@ FLOORS := tests/test_cells.py tests/test_scan.py
 
 PY := $(VENV)/bin/python
 # As many processes as there are cores: tests take one thread unless they are about threads.
-PYTEST := $(VENV)/bin/pytest -n auto
+PYTEST := $(VENV)/bin/pytest -n auto --dist worksteal
+# The instruction set that runs here.
+ISA = $(PY) -c 'import fused_rnn._C as c; print(c.isa())'
 SANITIZED := build/sanitized
 LIBRARY := import sys; del sys.path[0]; import fused_rnn._C as c; print("testing", c.__file__)
 export FUSED_RNN_STRICT := 1
@@ -43,19 +45,22 @@ native: build
 	$(PYTEST)
 
 isa: build
-	best=$$($(PY) -c 'import fused_rnn._C as c; print(c.isa())'); \
+	best=$$($(ISA)); \
 	for isa in $(ISAS); do \
 	  if [ $$isa = $$best ]; then echo "$$isa: the native set, see make native"; continue; fi; \
 	  echo "ATEN_CPU_CAPABILITY=$$isa"; \
 	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m "not slow" $(FLOORS) || exit 1; \
 	done
 
-# Python itself is not instrumented, so both run-time libraries must be there before it starts.
+# Of the kernels those of one instruction set are instrumented, which is the one that is run.
+# Python itself is not, so both run-time libraries must be there before it starts.
 # Leaks are not looked for: the interpreter keeps much until the end. A report goes to the process's
 # own stderr, which pytest would otherwise capture and lose with the process. Two of the four types
 # are left out, for time: float64 takes the ways of float32, float16 its panels and the rounding of bfloat16.
-sanitize: $(VENV)/.installed
-	FUSED_RNN_SANITIZE=1 FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --build-lib $(SANITIZED)
+sanitize: build
+	isa=$$($(ISA)) && export FUSED_RNN_SANITIZE=$$isa \
+	  && FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --force --build-lib $(SANITIZED) \
+	  && nm build/*-sanitize/csrc/cpu/kernels_$$isa.o | grep -q __asan_report
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	$(PY) -c '$(LIBRARY)' | grep $(SANITIZED) \

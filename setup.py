@@ -9,7 +9,8 @@ Environment:
     TORCH_CUDA_ARCH_LIST     architectures, as torch's own extensions take them: "8.0;9.0a+PTX"
     NVCCFLAGS                extra flags of nvcc
     FUSED_RNN_EMULATOR=1     build the library that executes the CUDA kernels on the host, for tests
-    FUSED_RNN_SANITIZE=1     AddressSanitizer and UndefinedBehaviorSanitizer
+    FUSED_RNN_SANITIZE=1     AddressSanitizer and UndefinedBehaviorSanitizer; with the name of an
+                             instruction set (avx2) in its kernels only, and the others unoptimised
     FUSED_RNN_STRICT=1       fail when the library cannot be built, instead of installing without it
 """
 
@@ -33,7 +34,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-SANITIZE = os.environ.get("FUSED_RNN_SANITIZE") == "1"
+SANITIZE = os.environ.get("FUSED_RNN_SANITIZE") or "0"
 STRICT = os.environ.get("FUSED_RNN_STRICT") == "1"
 EMULATOR = os.environ.get("FUSED_RNN_EMULATOR") == "1"
 
@@ -46,7 +47,9 @@ AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = (
     "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512 -Wno-maybe-uninitialized"
 ).split()
+# Named as `fused_rnn._C.isa()` names them.
 ISA_FLAGS = {
+    "kernels_baseline.cpp": [],
     "kernels_avx512_bf16.cpp": [*AVX2, *AVX512, "-mavx512bf16"],
     "kernels_avx512.cpp": [*AVX2, *AVX512],
     "kernels_avx2.cpp": AVX2,
@@ -63,17 +66,30 @@ CXX_FLAGS = (
 ).split()
 LD_FLAGS = ["-shared", "-pthread"]
 SANITIZERS: list[str] = []
-if SANITIZE:
-    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    CXX_FLAGS += [*SANITIZERS, "-fno-omit-frame-pointer", "-g", "-O1"]
+if SANITIZE != "0":
+    # What UBSan says of pointers AddressSanitizer says when they are used, and it takes half as
+    # long again to compile.
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,pointer-overflow,object-size"]
+    SANITIZERS += ["-fno-sanitize-recover=all"]
+    CXX_FLAGS += [*SANITIZERS, "-fno-omit-frame-pointer", "-g1", "-O1"]
     LD_FLAGS += SANITIZERS
 
 
 def sources() -> list[str]:
     patterns = ("csrc/cpu/*.cpp", "csrc/bindings/*.cpp", "csrc/cuda/*.cu")
     files = [file for pattern in patterns for file in ROOT.glob(pattern)]
-    wanted = [f for f in files if X86 or f.name not in ISA_FLAGS]
+    wanted = [f for f in files if X86 or not ISA_FLAGS.get(f.name)]
     return sorted(f.relative_to(ROOT).as_posix() for f in wanted)
+
+
+def kernels_to_sanitize() -> set[str]:
+    """The files of csrc/cpu with kernels that are instrumented."""
+    if SANITIZE in ("0", "1"):
+        return set(ISA_FLAGS)
+    name = f"kernels_{SANITIZE}.cpp"
+    if name not in ISA_FLAGS:
+        raise CompileError(f"FUSED_RNN_SANITIZE={SANITIZE}, but there is no csrc/cpu/{name}")
+    return {name}
 
 
 def find_compiler() -> list[str]:
@@ -115,8 +131,8 @@ class Cuda(NamedTuple):
 def find_cuda(compiler: list[str]) -> Cuda:
     wanted = os.environ.get("FUSED_RNN_CUDA", "")
     off = "built with FUSED_RNN_CUDA=0" if wanted == "0" else ""
-    if SANITIZE:
-        off = "built with FUSED_RNN_SANITIZE=1"
+    if SANITIZE != "0":
+        off = f"built with FUSED_RNN_SANITIZE={SANITIZE}"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     if nvcc is None and Path("/usr/local/cuda/bin/nvcc").exists():
@@ -237,7 +253,7 @@ class NinjaBuild(build_ext):
         ninja = find_ninja()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Not build_temp: an editable install gets an empty one every time.
-        flavour = "sanitize" if SANITIZE else "release"
+        flavour = "release" if SANITIZE == "0" else "sanitize"
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}-{flavour}"
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +266,7 @@ class NinjaBuild(build_ext):
 
     def ninja_file(self, ext: Extension, compiler: list[str], folder: Path, target: Path) -> str:
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        common = [*extra, *CXX_FLAGS, f"-I{ROOT / 'csrc'}", *(["-DFUSED_RNN_X86"] if X86 else [])]
+        common = [*CXX_FLAGS, *extra, f"-I{ROOT / 'csrc'}", *(["-DFUSED_RNN_X86"] if X86 else [])]
         cuda = find_cuda(compiler)
         flags = {"cpu": common, "bindings": [*common, *bindings_flags(cuda)]}
         flags["cuda"] = [f"-I{ROOT / 'csrc'}", *cuda.flags]
@@ -286,10 +302,23 @@ class NinjaBuild(build_ext):
             lines.append(f"default {ninja_path(target)}")
 
         objects = {}
-        for source in map(Path, ext.sources):
+        sanitized = kernels_to_sanitize()
+        # Of a function that several objects have, the linker keeps the first one's: not one with
+        # wider instructions, nor one that is not sanitized.
+        sources = sorted(
+            map(Path, ext.sources),
+            key=lambda f: (
+                f.name in ISA_FLAGS,
+                f.name not in sanitized,
+                bool(ISA_FLAGS.get(f.name)),
+            ),
+        )
+        for source in sources:
             if source.suffix == ".cu" and not cuda.nvcc:
                 continue
             own = [*flags[source.parent.name], *ISA_FLAGS.get(source.name, [])]
+            if source.name in ISA_FLAGS and source.name not in sanitized:  # they will not be run
+                own = [*(flag for flag in own if flag not in SANITIZERS), "-O0", "-g0"]
             name = source.with_suffix(".o")
             objects[source] = compile_to(name, source, rules[source.suffix], own)
         # Static, because torch may have another version of it loaded, or none.

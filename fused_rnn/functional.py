@@ -520,10 +520,13 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
     return "fused", ""
 
 
-# Dynamo takes torch's own function for False.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _onnx_is_recording() -> bool:
     return torch.onnx.is_in_onnx_export()
+
+
+# Dynamo takes torch's own function for False. This is what torch.compiler.assume_constant_result
+# does, but that imports the compiler, with which `import fused_rnn` took as long again as torch.
+_onnx_is_recording._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _overrides_torch_function(tensor: Tensor) -> bool:

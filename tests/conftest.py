@@ -70,7 +70,7 @@ def backend(
 
 def load_emulator() -> None:
     """The library of the emulated kernels; FUSED_RNN_EMULATOR=1 when building makes it."""
-    flavour = "sanitize" if os.environ.get("FUSED_RNN_SANITIZE") == "1" else "release"
+    flavour = "sanitize" if os.environ.get("FUSED_RNN_SANITIZE", "0") != "0" else "release"
     root = Path(__file__).resolve().parent.parent
     found = sorted(map(str, root.glob(f"build/*-{flavour}/libfused_rnn_emu.so")))
     found += filter(None, [os.environ.get("FUSED_RNN_EMULATOR_LIBRARY")])

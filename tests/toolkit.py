@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -58,8 +59,11 @@ def made(target: str, *command: str | Path) -> tuple[Path, str]:
     tag = hashlib.sha256(said.encode() + b"\0" + contents()).hexdigest()[:16]
     file = ROOT / "build" / "tests" / f"{target}-{tag}"
     words = file.with_name(f"{file.name}.txt")
-    if not words.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.parent / f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be making it
+        if words.exists():
+            return file, words.read_text()
         for stale in file.parent.glob(f"{target}-{'?' * 16}*"):
             stale.unlink()
         output = run(*command, "-o", file)
