@@ -303,6 +303,15 @@ def frozen(
     return output, h_n, c_n if reference.CELLS[cell].states > 1 else None, None
 
 
+def may_go_direct() -> bool:
+    """Whether `ops.infer` may be asked: it sees the tensors, and what is asked here it does not."""
+    return not (
+        torch.compiler.is_compiling()
+        or getattr(forward_ad, "_current_level", -1) >= 0
+        or _log.isEnabledFor(logging.DEBUG)
+    )
+
+
 def refuse_all_but_inference(*tensors: Tensor | None) -> None:
     """A gradient that a frozen layer does not have raises, and so does what cannot record it."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
