@@ -225,8 +225,8 @@ PyObject* wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got) {
   return PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", name, expected, got);
 }
 
-// infer(cell, input, hx, dim, parameters, names, num_layers, bidirectional, batch_first): dim is that
-// which input must have.
+// infer(cell, input, hx, dim, parameters, names, num_layers, bidirectional, batch_first), where
+// dim is the one that input must have.
 PyObject* infer_live(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 9) return wrong_count("infer", 9, count);
   if (!torch_side.api) Py_RETURN_NONE;
