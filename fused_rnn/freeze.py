@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, modules, ops
 from .convert import NAMES, TO_FUSED, Report
+from .functional import may_go_direct
 
 _log = logging.getLogger("fused_rnn")
 # What can be frozen, and the class whose checks and forward it keeps.
@@ -165,7 +166,7 @@ class _Frozen(nn.Module):
         self._arguments = packed, self.hidden_size, *options
 
     def _short_way(self, input: Any, hx: Any) -> Any:
-        if not functional.may_go_direct():
+        if not may_go_direct():
             return None
         return ops.infer_frozen(self._cell, input, hx, self._dim, *self._arguments)
 

@@ -582,7 +582,7 @@ def _fused(
     if torch.compiler.is_compiling() and not in_graph:
         # No default is spelled out: the compiler would look at it before every call.
         asked: Any = controls or ()
-        output, h_n, c_n, all_c = torch.ops.fused_rnn.rnn(*question, *asked, recompute=recompute)
+        output, h_n, c_n, all_c = _in_graph(*question, *asked, recompute=recompute)
         return output, h_n, c_n if has_c else None, all_c if asked and asked.all_c else None
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -635,6 +635,7 @@ torch.library.define(
     "bool recompute=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)",
 )
 torch.library.impl("fused_rnn::rnn", "CompositeImplicitAutograd", _recorded)
+_in_graph = torch.ops.fused_rnn.rnn  # found once: a compiler guards every step of the way to it
 
 
 def _fused_named(call: _Call) -> Result:

@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops, reference
 
+# By name: a compiler guards the identity of a module that is met in two places with Python.
+from .functional import may_go_direct, rnn, step
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -183,11 +186,7 @@ class _Layer(_Twin, nn.RNNBase):
 
     def _short_way(self, input: Any, hx: Any) -> Any:
         """What `forward` returns if this is plain inference, else None."""
-        if (
-            self.regularisers is not None
-            or (self.dropout and self.training)
-            or not functional.may_go_direct()
-        ):
+        if self.regularisers is not None or (self.dropout and self.training) or not may_go_direct():
             return None
         return ops.infer(
             *(self._cell, input, hx, 3, self._parameters, self._flat_weights_names),
@@ -290,7 +289,7 @@ class _Layer(_Twin, nn.RNNBase):
         reset_to_initial: bool,
         return_all_states: bool,
     ) -> functional.Result:
-        return functional.rnn(
+        return rnn(
             self._cell,
             data,
             batch_sizes,
@@ -940,7 +939,7 @@ class _Cell(_Twin, nn.RNNCellBase):
 
     def _short_way(self, input: Any, hx: Any) -> Any:
         """What `forward` returns if this is plain inference, else None."""
-        if not functional.may_go_direct():
+        if not may_go_direct():
             return None
         names = _WEIGHTS if self.bias else _WEIGHTS[:2]
         if self._unit_weight:
@@ -986,7 +985,7 @@ class _Cell(_Twin, nn.RNNCellBase):
     def _step(
         self, input: Tensor, h: Tensor | None, c: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return functional.step(
+        return step(
             self._cell,
             input,
             h,
