@@ -106,7 +106,7 @@ def _allow_direct() -> None:
         "_len_torch_dispatch_stack",
         "_len_torch_function_stack",
     )
-    probes = [getattr(torch._C, name, None) for name in names]
+    probes: list[Any] = [getattr(torch._C, name, None) for name in names]
     probes.append(getattr(torch.autograd, "_profiler_enabled", None))
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if None not in probes and exchange is not None:
