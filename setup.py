@@ -65,6 +65,7 @@ CXX_FLAGS = (
     "-ffp-contract=fast -Wall -Wextra -Wno-psabi"
 ).split()
 LD_FLAGS = ["-shared", "-pthread"]
+FOR_PYTHON = ("module.cpp", "direct.cpp")  # in csrc/bindings, and no part of an op
 SANITIZERS: list[str] = []
 if SANITIZE != "0":
     # What UBSan says of pointers AddressSanitizer says when they are used, and it takes half as
@@ -328,7 +329,7 @@ class NinjaBuild(build_ext):
         if EMULATOR and cuda.root != Path():
             # Kernels and bindings once more; the rest is the same.
             emulated = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/bindings/*.cpp")]
-            emulated = [file.relative_to(ROOT) for file in emulated if file.name != "module.cpp"]
+            emulated = [file.relative_to(ROOT) for file in emulated if file.name not in FOR_PYTHON]
             emulated.append(Path("tests/emu/emulator.cpp"))
             define = ["-DFUSED_RNN_CUDA", "-DFUSED_RNN_EMULATE"]
             own = [*flags["bindings"], *define, f"-I{ROOT / 'tests' / 'emu'}"]

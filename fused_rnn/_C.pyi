@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,3 +52,38 @@ class Pressure:
     def report(self, now: int, total: int, lost: int) -> None: ...
 
 def force_split(split: str | None) -> str | None: ...
+
+# None where only the op can answer: csrc/bindings/direct.cpp.
+def infer(
+    cell: str,
+    input: Any,
+    hx: Any,
+    dim: int,
+    parameters: Any,
+    names: list[str] | tuple[str, ...],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    /,
+) -> Any: ...
+def infer_frozen(
+    cell: str,
+    input: Any,
+    hx: Any,
+    dim: int,
+    packed: list[Any],
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    /,
+) -> Any: ...
+def allow_direct(
+    tensor: type,
+    parameter: type,
+    exchange: object,
+    is_neg: Callable[[Any], bool],
+    probes: tuple[Callable[[], object], ...],
+    /,
+) -> bool: ...

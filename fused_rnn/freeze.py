@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, modules, ops, reference
+from . import functional, modules, ops
 from .convert import NAMES, TO_FUSED, Report
+from .functional import may_go_direct
 
 _log = logging.getLogger("fused_rnn")
 # What can be frozen, and the class whose checks and forward it keeps.
@@ -140,6 +140,7 @@ class _Frozen(nn.Module):
         "_op",
     )
     _cell = ""  # its name in the ops
+    _dim = 3  # of a batched input
     _live: Any  # the class of the layer it was made from: its checks and its forward
     input_size: int
     hidden_size: int
@@ -157,7 +158,6 @@ class _Frozen(nn.Module):
                     setattr(self, fact, getattr(owner, fact))
                     break
         self._cell = self._live._cell.fget(self)
-        self._has_c = reference.CELLS[self._cell].states > 1
         self._dtype = weights[0].dtype
         _, num_layers, bidirectional, _ = options
         with torch.inference_mode(False), torch.no_grad():
@@ -165,21 +165,10 @@ class _Frozen(nn.Module):
         # The last arguments of the op.
         self._arguments = packed, self.hidden_size, *options
 
-    def _short_way(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The op, which checks all but what kind of thing hx is."""
-        h0 = c0 = None
-        if hx is not None:
-            if not self._has_c:
-                h0 = hx
-            elif type(hx) is not tuple:
-                raise TypeError
-            else:
-                h0, c0 = hx
-                if h0 is None or c0 is None:
-                    raise TypeError
-        if _may_be_more_than_inference():
-            functional.refuse_all_but_inference(input, h0, c0)
-        return ops.frozen(self._cell, input, None, h0, c0, *self._arguments)
+    def _short_way(self, input: Any, hx: Any) -> Any:
+        if not may_go_direct():
+            return None
+        return ops.infer_frozen(self._cell, input, hx, self._dim, *self._arguments)
 
     def extra_repr(self) -> str:
         return self._description
@@ -231,24 +220,6 @@ class _Frozen(nn.Module):
         ops.frozen(self._cell, nothing, None, None, None, *self._arguments[:-1], False)
 
 
-def _may_be_more_than_inference() -> bool:
-    """The cheap half of functional.refuse_all_but_inference."""
-    return (
-        torch.is_grad_enabled()
-        or ops.transforms_active()
-        or getattr(forward_ad, "_current_level", -1) >= 0
-        or _is_tracing()
-    )
-
-
-# As torch.jit.is_tracing without its Python; a private name.
-_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
-
-
-# What a wrong argument raises on the short way. The long way then says what is wrong.
-_REFUSALS = (RuntimeError, TypeError, ValueError)
-
-
 class FrozenLayer(_Frozen, modules._Layer):
     """A recurrent layer whose weights are packed, made by `freeze`; it is called as the layer was.
 
@@ -278,20 +249,6 @@ class FrozenLayer(_Frozen, modules._Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
-        # What most calls are goes straight to the op, which checks all of it.
-        if (
-            not torch.compiler.is_compiling()
-            and isinstance(input, Tensor)
-            and input.dim() == 3
-            and lengths is None
-            and reset is None
-            and not return_all_states
-        ):
-            try:
-                output, h_n, c_n = self._short_way(input, hx)
-                return output, (h_n, c_n) if self._has_c else h_n
-            except _REFUSALS:
-                pass
         return self._live.forward(
             *(self, input, hx),
             lengths=lengths,
@@ -353,17 +310,13 @@ class FrozenCell(_Frozen, modules._Cell):
     No parameters, no gradients, no training mode, autocast: as `FrozenLayer`.
     """
 
+    _dim = 2
+
     def __init__(self, cell: nn.RNNCellBase, weights: Sequence[Tensor]) -> None:
         nn.Module.__init__(self)
         self._hold(cell, weights, 0, 1, False, False)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        if not torch.compiler.is_compiling() and isinstance(input, Tensor) and input.dim() == 2:
-            try:
-                h, _, c = self._short_way(input, hx)
-                return (h, c) if self._has_c else h
-            except _REFUSALS:
-                pass
         return self._live.forward(self, input, hx)
 
     def _step(

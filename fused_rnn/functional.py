@@ -303,6 +303,15 @@ def frozen(
     return output, h_n, c_n if reference.CELLS[cell].states > 1 else None, None
 
 
+def may_go_direct() -> bool:
+    """Whether `ops.infer` may be asked: it sees the tensors, and what is asked here it does not."""
+    return not (
+        torch.compiler.is_compiling()
+        or getattr(forward_ad, "_current_level", -1) >= 0
+        or _log.isEnabledFor(logging.DEBUG)
+    )
+
+
 def refuse_all_but_inference(*tensors: Tensor | None) -> None:
     """A gradient that a frozen layer does not have raises, and so does what cannot record it."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -574,7 +583,7 @@ def _fused(
     if torch.compiler.is_compiling() and not in_graph:
         # No default is spelled out: the compiler would look at it before every call.
         asked: Any = controls or ()
-        output, h_n, c_n, all_c = torch.ops.fused_rnn.rnn(*question, *asked, recompute=recompute)
+        output, h_n, c_n, all_c = _in_graph(*question, *asked, recompute=recompute)
         return output, h_n, c_n if has_c else None, all_c if asked and asked.all_c else None
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -627,6 +636,7 @@ torch.library.define(
     "bool recompute=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)",
 )
 torch.library.impl("fused_rnn::rnn", "CompositeImplicitAutograd", _recorded)
+_in_graph = torch.ops.fused_rnn.rnn  # found once: a compiler guards every step of the way to it
 
 
 def _fused_named(call: _Call) -> Result:

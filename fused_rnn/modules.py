@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, reference
+from . import functional, ops, reference
+
+# By name: a compiler guards the identity of a module that is met in two places with Python.
+from .functional import may_go_direct, rnn, step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -181,6 +184,15 @@ class _Layer(_Twin, nn.RNNBase):
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self.reset_parameters()
 
+    def _short_way(self, input: Any, hx: Any) -> Any:
+        """What `forward` returns if this is plain inference, else None."""
+        if self.regularisers is not None or (self.dropout and self.training) or not may_go_direct():
+            return None
+        return ops.infer(
+            *(self._cell, input, hx, 3, self._parameters, self._flat_weights_names),
+            *(self.num_layers, self.bidirectional, self.batch_first),
+        )
+
     def _run(
         self,
         input: Any,
@@ -277,7 +289,7 @@ class _Layer(_Twin, nn.RNNBase):
         reset_to_initial: bool,
         return_all_states: bool,
     ) -> functional.Result:
-        return functional.rnn(
+        return rnn(
             self._cell,
             data,
             batch_sizes,
@@ -419,6 +431,10 @@ class LSTM(_Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
+        if lengths is None and reset is None and not return_all_states:
+            result = self._short_way(input, hx)
+            if result is not None:
+                return result
         output, h_n, c_n, every = self._run(
             input, hx, lengths, reset, reset_to_initial, return_all_states
         )
@@ -663,6 +679,10 @@ class GRU(_Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
+        if lengths is None and reset is None and not return_all_states:
+            result = self._short_way(input, hx)
+            if result is not None:
+                return result
         output, h_n, _, every = self._run(
             input, hx, lengths, reset, reset_to_initial, return_all_states
         )
@@ -794,6 +814,10 @@ class RNN(_Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
+        if lengths is None and reset is None and not return_all_states:
+            result = self._short_way(input, hx)
+            if result is not None:
+                return result
         output, h_n, _, every = self._run(
             input, hx, lengths, reset, reset_to_initial, return_all_states
         )
@@ -883,6 +907,9 @@ def _order(packed: PackedSequence) -> tuple[list[int], list[int]]:
     return sizes, list(range(sizes[0])) if order is None else order.tolist()
 
 
+_WEIGHTS: tuple[str, ...] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # of a cell
+
+
 class _Cell(_Twin, nn.RNNCellBase):
     """What the cells share: checks and the step."""
 
@@ -909,6 +936,15 @@ class _Cell(_Twin, nn.RNNCellBase):
         """The parameter, or what a parametrization, pruning or a replica has in its place."""
         parameter = self._parameters.get(name)  # much faster than getattr
         return getattr(self, name) if parameter is None else parameter
+
+    def _short_way(self, input: Any, hx: Any) -> Any:
+        """What `forward` returns if this is plain inference, else None."""
+        if not may_go_direct():
+            return None
+        names = _WEIGHTS if self.bias else _WEIGHTS[:2]
+        if self._unit_weight:
+            names = *names, self._unit_weight
+        return ops.infer(self._cell, input, hx, 2, self._parameters, names, 1, False, False)
 
     def _check_dims(self, name: str, input: Tensor, states: Iterable[Tensor], label: str) -> None:
         for k, tensor in enumerate(chain((input,), states)):
@@ -949,7 +985,7 @@ class _Cell(_Twin, nn.RNNCellBase):
     def _step(
         self, input: Tensor, h: Tensor | None, c: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return functional.step(
+        return step(
             self._cell,
             input,
             h,
@@ -1004,6 +1040,9 @@ class LSTMCell(_Cell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        result = self._short_way(input, hx)
+        if result is not None:
+            return result  # type: ignore[no-any-return]
         states: Any = () if hx is None else hx
         self._check_dims("LSTMCell", input, states, "hx[{}]")
         if isinstance(states, Tensor):
@@ -1102,6 +1141,9 @@ class GRUCell(_Cell):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        result = self._short_way(input, hx)
+        if result is not None:
+            return result  # type: ignore[no-any-return]
         states = () if hx is None else (hx,)
         self._check_dims("GRUCell", input, states, "hidden")
         h, _ = self._run(input, *states)
@@ -1167,6 +1209,9 @@ class RNNCell(_Cell):
         return f"{self._op}_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        result = self._short_way(input, hx)
+        if result is not None:
+            return result  # type: ignore[no-any-return]
         states = () if hx is None else (hx,)
         self._check_dims("RNNCell", input, states, "hidden")
         if self.nonlinearity not in ("tanh", "relu"):

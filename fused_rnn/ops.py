@@ -73,6 +73,9 @@ inference_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 frozen: Callable[..., tuple[Tensor, Tensor, Tensor]]
 frozen_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 pack: Callable[..., list[Tensor]]
+# The same for a plain call, without the dispatcher; None where only the op can answer.
+infer: Callable[..., Any] = lambda *args: None  # noqa: E731
+infer_frozen: Callable[..., Any] = infer
 _forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 _forward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
@@ -92,6 +95,22 @@ _is_key_included: Callable[[Any], bool] = getattr(
 )
 # Asked for by its name, a key is parsed every time.
 _VMAP_MODE = getattr(torch._C, "_dispatch_key_parse", lambda name: name)("VmapMode")
+
+
+def _allow_direct() -> None:
+    """Tell `_C.infer` where to ask whether a call is plain. What cannot be asked is a no."""
+    names = (
+        "_are_functorch_transforms_active",
+        "_is_any_autocast_enabled",
+        "_is_tracing",
+        "_len_torch_dispatch_stack",
+        "_len_torch_function_stack",
+    )
+    probes: list[Any] = [getattr(torch._C, name, None) for name in names]
+    probes.append(getattr(torch.autograd, "_profiler_enabled", None))
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if None not in probes and exchange is not None:
+        _C.allow_direct(Tensor, torch.nn.Parameter, exchange, Tensor.is_neg, tuple(probes))
 
 
 def empty_cache() -> None:
@@ -460,6 +479,8 @@ if available:
     frozen = torch.ops.fused_rnn.frozen.default
     frozen_controlled = torch.ops.fused_rnn.frozen.controlled
     pack = torch.ops.fused_rnn.pack.default
+    infer, infer_frozen = _C.infer, _C.infer_frozen
+    _allow_direct()
     _forward = torch.ops.fused_rnn.forward.default
     _forward_controlled = torch.ops.fused_rnn.forward.controlled
     _backward = torch.ops.fused_rnn.backward.default

@@ -146,7 +146,7 @@ def test_accuracy_of_extreme_rows(cell: str, change: Callable[[Arguments], Argum
 
 
 def ids(value: Any) -> str:
-    return value if isinstance(value, str) else describe(value)
+    return describe(value) if isinstance(value, dict) else str(value)
 
 
 @each_product

@@ -17,6 +17,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/pressure.h"
 #include "../cpu/strategy.h"
+#include "direct.h"
 #include "memory.h"
 
 namespace py = pybind11;
@@ -294,4 +295,5 @@ PYBIND11_MODULE(_C, m) {
       .def("high", &cpu::Pressure::high, py::arg("now"))
       .def("report", &cpu::Pressure::report, py::arg("now"), py::arg("total"), py::arg("lost"));
   m.def("force_split", &force_split, py::arg("split"));
+  if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <list>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -18,15 +19,15 @@
 #include "../cpu/strategy.h"
 #include "../cpu/team.h"
 #include "cuda.h"
+#include "direct.h"
 #include "memory.h"
 #include "stable.h"
+#include "view.h"
 
 namespace fused_rnn {
 namespace {
 
 using torch::headeronly::DeviceType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 // A tensor shape of up to three dimensions, without memory of its own: small calls make many.
@@ -112,9 +113,13 @@ DType dtype_of(ScalarType type) {
   }
 }
 
+size_t size_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 // Where a call has its tensors.
 struct Device {
-  explicit Device(const Tensor& tensor) : cpu(tensor.is_cpu()) {
+  explicit Device(const View& tensor) : cpu(tensor.is_cpu()) {
     if (cpu) return;
     index = tensor.get_device_index();
     check(kHasCuda && tensor.is_cuda(), "there are no kernels for the device of the input");
@@ -123,7 +128,7 @@ struct Device {
 
   // Whether the kernels of csrc/cuda serve it.
   bool is_cuda() const { return kEmulates || !cpu; }
-  bool holds(const Tensor& tensor) const {
+  bool holds(const View& tensor) const {
     return cpu ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device_index() == index;
   }
   std::string name() const { return cpu ? "the CPU" : "cuda:" + std::to_string(index); }
@@ -135,7 +140,7 @@ struct Device {
   Device() = default;
 };
 
-void check_device(const Tensor& tensor, const char* name, const Device& device) {
+void check_device(const View& tensor, const char* name, const Device& device) {
   if (!device.holds(tensor)) fail(name, " must be on ", device.name(), " like the input");
 }
 
@@ -154,8 +159,8 @@ Tensor empty_on(const Device& device, const Shape& shape, ScalarType type) {
 }
 
 // Passes a tensor argument on when it is what the op expects.
-const Tensor& checked(const Tensor& tensor, const char* name, const char* symbols,
-                      const Shape& expected, ScalarType type, const Device& device) {
+const View& checked(const View& tensor, const char* name, const char* symbols,
+                    const Shape& expected, ScalarType type, const Device& device) {
   check_device(tensor, name, device);
   const ScalarType got = tensor.scalar_type();
   check(got == type, name, " must have the input's dtype ", name_of(type), ", got ", name_of(got));
@@ -166,54 +171,36 @@ const Tensor& checked(const Tensor& tensor, const char* name, const char* symbol
   return tensor;
 }
 
-Tensor checked_contiguous(const Tensor& tensor, const char* name, const char* symbols,
-                          const Shape& expected, ScalarType type, const Device& device) {
-  checked(tensor, name, symbols, expected, type, device);
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// A [T, B, F] argument as kernels read it: any strides, but contiguous features.
-Tensor with_contiguous_features(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor
-                                                            : torch::stable::contiguous(tensor);
-}
-
 // Smaller tensors are as cheap from torch.
 constexpr size_t kWorthKeeping = size_t(1) << 20;
 
 // The arguments that all ops have in common, in their order.
 struct Question {
   const std::string& cell;
-  const Tensor& input;
-  const MaybeTensor& batch_sizes;
-  const MaybeTensor& h0;
-  const MaybeTensor& c0;
-  const std::vector<Tensor>& weights;
+  View input;
+  MaybeView batch_sizes;
+  MaybeView h0;
+  MaybeView c0;
+  Views weights;
   int64_t layers;
   bool bidirectional;
   bool batch_first;
 };
 // Those of the overload `controlled`, behind them.
 struct Controls {
-  const MaybeTensor& lengths;
-  const MaybeTensor& reset;
+  MaybeView lengths;
+  MaybeView reset;
   bool reset_to_initial;
-  const MaybeTensor& zoneout_mask;
+  MaybeView zoneout_mask;
   double zoneout_h;
   double zoneout_c;
-  const MaybeTensor& h_mask;
+  MaybeView h_mask;
   bool all_c;
 };
 const MaybeTensor kNone;
-const Controls kNoControls{kNone, kNone, false, kNone, 0.0, 0.0, kNone, false};
-// Weights packed by an earlier call: what their blocks do not tell before they are trusted.
-struct FrozenSizes {
-  int64_t H;
-  int64_t proj;  // 0 for none
-};
+const Controls kNoControls{{}, {}, false, {}, 0.0, 0.0, {}, false};
 
-// A call that has been understood: sizes, and every tensor argument checked and kept alive.
+// A call that has been understood: sizes, and every tensor argument checked.
 class Call {
  public:
   Call(const Question& q, const Controls& controls, const FrozenSizes* frozen = nullptr)
@@ -225,26 +212,22 @@ class Call {
     check(kernels, "there is no cell '", q.cell, "'");
     check(q.layers >= 1, "num_layers must be at least 1, got ", q.layers);
     stack.layers = q.layers;
-    stack.weight_bytes = q.input.element_size();
+    stack.weight_bytes = int64_t(size_of(type));
     stack.dirs = q.bidirectional ? 2 : 1;
     read_steps(q.input, q.batch_sizes);
     if (controls.lengths) read_lengths(*controls.lengths, q.batch_sizes);
     frozen ? read_frozen(q.weights, *frozen) : read_weights(q.weights);
 
-    const Tensor features = with_contiguous_features(q.input);
-    keep(features);
-    stack.input = sequence(features);
+    stack.input = sequence(with_contiguous_features(q.input));
     if (controls.reset) read_reset(q.input, *controls.reset, controls.reset_to_initial);
     read_regularisers(controls);
     if (q.h0)
-      stack.h0 =
-          keep(checked_contiguous(*q.h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]",
-                                  h_shape(), type, device));
+      stack.h0 = checked_contiguous(
+          *q.h0, "h0", step_ ? "[B, H]" : "[num_layers * directions, B, R]", h_shape(), type);
     check(!q.c0 || has_c(), "c0 was given, but cell '", q.cell, "' has no c");
     if (q.c0)
-      stack.c0 =
-          keep(checked_contiguous(*q.c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]",
-                                  c_shape(), type, device));
+      stack.c0 = checked_contiguous(
+          *q.c0, "c0", step_ ? "[B, H]" : "[num_layers * directions, B, H]", c_shape(), type);
     all_c_ = controls.all_c;
     check(!all_c_ || (has_c() && stack.layers == 1 && !step_),
           "all_c needs a cell with c, one layer and a sequence");
@@ -273,8 +256,7 @@ class Call {
   Tensor empty(const Shape& shape) const { return empty_on(device, shape, type); }
   // The same where a training step asks for it every time: large ones live in memory of our own.
   Tensor empty_kept(const Shape& shape, ScalarType of) const {
-    const size_t size = of == ScalarType::Double ? 8 : of == ScalarType::Float ? 4 : 2;
-    const size_t bytes = size_t(shape.numel()) * size;
+    const size_t bytes = size_t(shape.numel()) * size_of(of);
     if (!device.cpu || (bytes < kWorthKeeping && of == type)) return empty_on(device, shape, of);
     const Shape strides = shape.contiguous_strides();
     return torch::stable::from_blob(take_block(bytes, Use::kTensor), {shape.data(), shape.size()},
@@ -282,8 +264,8 @@ class Call {
                                     &give_block);
   }
   // The state of a batch without steps, which is what it was: `to` becomes `from`, or zeros.
-  void keep_state(const void* from, const Tensor& to) const {
-    const size_t bytes = size_t(to.numel() * to.element_size());
+  void keep_state(const void* from, const View& to) const {
+    const size_t bytes = size_t(to.numel()) * size_of(type);
     if (bytes == 0) return;
     if (!device.cpu) return copy_on_cuda(from, to.data_ptr(), bytes, device.index);
     from ? std::memcpy(to.data_ptr(), from, bytes) : std::memset(to.data_ptr(), 0, bytes);
@@ -294,7 +276,7 @@ class Call {
   }
   Tensor nothing() const { return empty({0}); }
 
-  Sequence sequence(const Tensor& tensor) const {
+  Sequence sequence(const View& tensor) const {
     if (packed_ || step_) return {tensor.data_ptr(), 0, tensor.stride(0), packed_};
     return {tensor.data_ptr(), tensor.stride(batch_first_ ? 1 : 0),
             tensor.stride(batch_first_ ? 0 : 1), false};
@@ -307,16 +289,22 @@ class Call {
       return;
     }
     const Sequence rows = sequence(tensor);
-    const size_t size = size_t(tensor.element_size());
+    const size_t size = size_of(type);
     const size_t bytes = size * size_t(tensor.size(2));
     for (int64_t b = 0; b < stack.steps.B; ++b)
       for (int64_t t = lengths_[size_t(b)]; t < padded_T_; ++t)
         std::memset(static_cast<char*>(rows.data) + size_t(rows.at(stack.steps, t, b)) * size, 0,
                     bytes);
   }
-  const void* keep(Tensor tensor) {
-    kept_.push_back(std::move(tensor));
-    return kept_.back().data_ptr();
+  // The data of an argument as it has to be, of a copy where it is not contiguous.
+  const void* checked_contiguous(const View& tensor, const char* name, const char* symbols,
+                                 const Shape& expected, ScalarType of) {
+    return contiguous(checked(tensor, name, symbols, expected, of, device)).data_ptr();
+  }
+  // A [T, B, F] argument as kernels read it: any strides, but contiguous features.
+  View with_contiguous_features(const View& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : copy(tensor);
   }
   const std::vector<Shape>& weight_shapes() const { return weight_shapes_; }
 
@@ -374,6 +362,9 @@ class Call {
     kernel(problem, plan, runtime);
   }
 
+  View copy(const View& tensor) { return copies_.emplace_back(tensor.contiguous()); }
+  View contiguous(const View& tensor) { return tensor.is_contiguous() ? tensor : copy(tensor); }
+
   Shape sequence_shape(int64_t features) const {
     if (packed_ || step_) return {rows_, features};
     if (batch_first_) return {stack.steps.B, padded_T_, features};
@@ -384,14 +375,14 @@ class Call {
     return {stack.layers * stack.dirs, stack.steps.B, features};
   }
 
-  void read_steps(const Tensor& input, const MaybeTensor& batch_sizes) {
+  void read_steps(const View& input, const MaybeView& batch_sizes) {
     packed_ = batch_sizes.has_value();
     find_steps(input, batch_sizes);
     rows_ = stack.steps.N;
     padded_T_ = stack.steps.T;
   }
 
-  void find_steps(const Tensor& input, const MaybeTensor& batch_sizes) {
+  void find_steps(const View& input, const MaybeView& batch_sizes) {
     Steps& steps = stack.steps;
     const int64_t dim = input.dim();
     if (!batch_sizes && dim == 2) {
@@ -419,9 +410,7 @@ class Call {
           "batch_sizes must be a one-dimensional int64 tensor on the CPU");
     steps.T = batch_sizes->numel();
     check(steps.T > 0, "Expected sequence length to be larger than 0 in RNN");
-    const Tensor sizes =
-        batch_sizes->is_contiguous() ? *batch_sizes : torch::stable::contiguous(*batch_sizes);
-    const int64_t* values = static_cast<const int64_t*>(keep(sizes));
+    const int64_t* values = static_cast<const int64_t*>(contiguous(*batch_sizes).data_ptr());
     stack.I = input.size(1);
     steps.N = input.size(0);
     steps.B = values[0];
@@ -447,15 +436,14 @@ class Call {
   }
 
   // Sequences of the padded batch in the order of their lengths, longest first.
-  void read_lengths(const Tensor& lengths, const MaybeTensor& batch_sizes) {
+  void read_lengths(const View& lengths, const MaybeView& batch_sizes) {
     Steps& steps = stack.steps;
     check(!batch_sizes && !step_, "lengths belong to a padded input of 3 dimensions");
     check(lengths.is_cpu() && lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1 &&
               lengths.size(0) == steps.B,
           "lengths must be an int64 tensor on the CPU of shape [B] = [", steps.B, "], got ",
           name_of(lengths.scalar_type()), " ", text(lengths.sizes()));
-    const int64_t* values = static_cast<const int64_t*>(
-        keep(lengths.is_contiguous() ? lengths : torch::stable::contiguous(lengths)));
+    const int64_t* values = static_cast<const int64_t*>(contiguous(lengths).data_ptr());
     for (int64_t b = 0; b < steps.B; ++b)
       check(values[b] >= 0 && values[b] <= steps.T, "lengths must be between 0 and T = ", steps.T,
             ", got ", values[b], " for sequence ", b);
@@ -480,7 +468,7 @@ class Call {
     if (!std::is_sorted(order_.begin(), order_.end())) steps.order = order_.data();
   }
 
-  void read_reset(const Tensor& input, const Tensor& reset, bool to_initial) {
+  void read_reset(const View& input, const View& reset, bool to_initial) {
     check(!step_, "a step has no reset: pass it the state that it is to start from");
     const bool same = packed_ ? reset.dim() == 1 && reset.size(0) == rows_
                               : reset.dim() == 2 && reset.size(0) == input.size(0) &&
@@ -492,7 +480,6 @@ class Call {
           : batch_first_ ? "[B, T]"
                          : "[T, B]",
           ", got ", name_of(reset.scalar_type()), " ", text(reset.sizes()));
-    keep(reset);
     stack.reset = sequence(reset);
     stack.reset_to_initial = to_initial;
   }
@@ -505,9 +492,9 @@ class Call {
     if (controls.zoneout_mask) {
       const int64_t features = kernels->info.states * stack.H;
       const Shape rows{stack.layers * stack.dirs, rows_, features};
-      const void* mask = keep(checked_contiguous(*controls.zoneout_mask, "zoneout_mask",
-                                                 "[num_layers * directions, N, states * H]", rows,
-                                                 ScalarType::Bool, device));
+      const void* mask =
+          checked_contiguous(*controls.zoneout_mask, "zoneout_mask",
+                             "[num_layers * directions, N, states * H]", rows, ScalarType::Bool);
       stack.zoneout_mask = {const_cast<void*>(mask), stack.steps.B * features, features, packed_};
       stack.zoneout_plane = rows_ * features;
     }
@@ -515,11 +502,11 @@ class Call {
     if (!controls.h_mask) return;
     check(kernels->info.recurrent && !kernels->info.two_products(), "cell '", kernels->info.name,
           "' has no product of W_hh with h alone, which h_mask could change");
-    stack.h_mask = keep(checked_contiguous(
-        *controls.h_mask, "h_mask", "[num_layers * directions, B, R]", h_shape(), type, device));
+    stack.h_mask = checked_contiguous(*controls.h_mask, "h_mask", "[num_layers * directions, B, R]",
+                                      h_shape(), type);
   }
 
-  void read_weights(const std::vector<Tensor>& weights) {
+  void read_weights(const Views& weights) {
     const CellInfo& cell = kernels->info;
     const size_t planes = size_t(stack.layers * stack.dirs);
     // Weights of units to themselves: with weight_hh a tensor more, else in its place.
@@ -549,13 +536,12 @@ class Call {
     const int64_t rows = gates * stack.H;
     weights_.resize(planes);
     weight_shapes_.reserve(weights.size());
-    kept_.reserve(weights.size() + 8);
     for (size_t plane = 0; plane < planes; ++plane) {
       const int64_t in = stack.input_size(int64_t(plane) / stack.dirs);
       size_t next = plane * (each + more);
       const auto take = [&](const char* name, const char* symbols, const Shape& shape) {
         weight_shapes_.push_back(shape);
-        return keep(checked_contiguous(weights[next++], name, symbols, shape, type, device));
+        return checked_contiguous(weights[next++], name, symbols, shape, type);
       };
       Weights& w = weights_[plane];
       w.ih = take("weight_ih", "[G*H, I]", {rows, in});
@@ -574,7 +560,7 @@ class Call {
   }
 
   // Blocks that `pack` has made: nothing is read from one that is not what this call needs.
-  void read_frozen(const std::vector<Tensor>& blocks, const FrozenSizes& sizes) {
+  void read_frozen(const Views& blocks, const FrozenSizes& sizes) {
     const size_t planes = size_t(stack.layers * stack.dirs);
     check(blocks.size() == planes, "packed must hold one tensor for each of ", planes,
           " layers and directions, got ", blocks.size());
@@ -583,12 +569,11 @@ class Call {
     stack.H = sizes.H;
     stack.R = sizes.proj ? sizes.proj : sizes.H;
     weights_.resize(planes);
-    kept_.reserve(4);
     const cpu::Packing& packing = cpu::chosen_isa().packing[int(dtype)];
     for (size_t plane = 0; plane < planes; ++plane) {
       const WeightSizes expected{stack.input_size(int64_t(plane) / stack.dirs), stack.H, stack.R,
                                  sizes.proj > 0};
-      const Tensor& block = blocks[plane];
+      const View& block = blocks[plane];
       check(block.is_cpu() && block.scalar_type() == ScalarType::Byte && block.dim() == 1 &&
                 block.is_contiguous() && block.numel() >= int64_t(sizeof(cpu::PackedTag)),
             "packed[", plane, "] is not what fused_rnn::pack has made");
@@ -631,7 +616,7 @@ class Call {
   bool all_c_ = false;
   int64_t rows_ = 0;      // of the input and of saved: N, and where lengths are given T*B
   int64_t padded_T_ = 0;  // of the input
-  std::vector<Tensor> kept_;
+  std::list<Tensor> copies_;
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
   std::vector<Weights> weights_;
   std::vector<Shape> weight_shapes_;
@@ -641,13 +626,36 @@ class Call {
   std::vector<int64_t> order_;
 };
 
+// Where a forward call writes; h_n is missing for a step, c_n for a cell without c.
+struct Places {
+  View output;
+  MaybeView h_n, c_n, all_c;
+  void* saved = nullptr;
+};
+
+void run_forward(Call& call, const Places& to) {
+  const Stack& stack = call.stack;
+  if (stack.steps.N == 0) {
+    if (to.h_n) call.keep_state(stack.h0, *to.h_n);
+    if (to.c_n) call.keep_state(stack.c0, *to.c_n);
+    return;
+  }
+  ForwardProblem problem;
+  static_cast<Stack&>(problem) = stack;
+  problem.output = call.sequence(to.output);
+  problem.h_n = to.h_n ? to.h_n->data_ptr() : nullptr;
+  problem.c_n = to.c_n ? to.c_n->data_ptr() : nullptr;
+  if (to.all_c) problem.all_c = call.sequence(*to.all_c);
+  problem.saved = to.saved;
+  call.run(problem);
+}
+
 struct Outputs {
   Tensor output, h_n, c_n;
   MaybeTensor saved, all_c;
 };
 
 Outputs run_forward(Call& call, bool save) {
-  const Stack& stack = call.stack;
   Outputs out{
       call.empty(call.output_shape()), call.is_step() ? call.nothing() : call.empty(call.h_shape()),
       call.has_c() ? call.empty(call.c_shape()) : call.nothing(), std::nullopt, std::nullopt};
@@ -655,20 +663,10 @@ Outputs run_forward(Call& call, bool save) {
   if (save) out.saved = call.empty_kept(call.saved_shape(), call.saved_type());
   call.clear_padding(out.output);
   if (out.all_c) call.clear_padding(*out.all_c);
-  if (stack.steps.N == 0) {
-    call.keep_state(stack.h0, out.h_n);
-    if (call.has_c()) call.keep_state(stack.c0, out.c_n);
-    return out;
-  }
-
-  ForwardProblem problem;
-  static_cast<Stack&>(problem) = stack;
-  problem.output = call.sequence(out.output);
-  problem.h_n = call.is_step() ? nullptr : out.h_n.data_ptr();
-  problem.c_n = call.has_c() ? out.c_n.data_ptr() : nullptr;
-  if (out.all_c) problem.all_c = call.sequence(*out.all_c);
-  problem.saved = save ? out.saved->data_ptr() : nullptr;
-  call.run(problem);
+  Places to{out.output, {}, {}, out.all_c, save ? out.saved->data_ptr() : nullptr};
+  if (!call.is_step()) to.h_n = out.h_n;
+  if (call.has_c()) to.c_n = out.c_n;
+  run_forward(call, to);
   return out;
 }
 
@@ -753,25 +751,23 @@ Gradients run_backward(const Seeds& seeds, const Question& question, const Tenso
   BackwardProblem problem;
   static_cast<Stack&>(problem) = stack;
   problem.saved =
-      call.keep(checked_contiguous(saved, "saved", "[num_layers * directions, N, slots * Hp]",
-                                   call.saved_shape(), call.saved_type(), call.device));
-  const auto seed = [&](const Tensor& tensor, const char* name, const char* like,
+      call.checked_contiguous(saved, "saved", "[num_layers * directions, N, slots * Hp]",
+                              call.saved_shape(), call.saved_type());
+  const auto seed = [&](const View& tensor, const char* name, const char* like,
                         const Shape& shape) {
-    const Tensor rows =
-        with_contiguous_features(checked(tensor, name, like, shape, call.type, call.device));
-    call.keep(rows);
-    return call.sequence(rows);
+    return call.sequence(
+        call.with_contiguous_features(checked(tensor, name, like, shape, call.type, call.device)));
   };
   if (seeds.output)
     problem.d_output = seed(*seeds.output, "d_output", "that of the output", call.output_shape());
   if (seeds.h_n && !call.is_step())
-    problem.d_h_n = call.keep(checked_contiguous(*seeds.h_n, "d_h_n", "that of h_n", call.h_shape(),
-                                                 call.type, call.device));
+    problem.d_h_n =
+        call.checked_contiguous(*seeds.h_n, "d_h_n", "that of h_n", call.h_shape(), call.type);
   if (seeds.all_c)
     problem.d_all_c = seed(*seeds.all_c, "d_all_c", "that of all_c", call.all_c_shape());
   if (seeds.c_n && call.has_c())
-    problem.d_c_n = call.keep(checked_contiguous(*seeds.c_n, "d_c_n", "that of c_n", call.c_shape(),
-                                                 call.type, call.device));
+    problem.d_c_n =
+        call.checked_contiguous(*seeds.c_n, "d_c_n", "that of c_n", call.c_shape(), call.type);
 
   // An empty batch has no steps to write its results.
   const auto result = [&](bool needed, const Shape& shape) {
@@ -892,6 +888,22 @@ Gradients backward_controlled(const MaybeTensor& d_output, const MaybeTensor& d_
 }
 
 }  // namespace
+
+void infer(const std::string& cell, const View& input, const MaybeView& h0, const MaybeView& c0,
+           Views weights, const FrozenSizes* frozen, int64_t num_layers, bool bidirectional,
+           bool batch_first, const Make& make) {
+  Call call({cell, input, {}, h0, c0, std::move(weights), num_layers, bidirectional, batch_first},
+            kNoControls, frozen);
+  check(!h0 || call.has_c() == c0.has_value(), "h0 and c0 come together");
+  const auto empty = [&](const Shape& shape) {
+    return make(shape.data(), shape.size(), call.type);
+  };
+  Places to{empty(call.output_shape()), {}, {}, {}};
+  if (!call.is_step()) to.h_n = empty(call.h_shape());
+  if (call.has_c()) to.c_n = empty(call.c_shape());
+  run_forward(call, to);
+}
+
 }  // namespace fused_rnn
 
 // The emulator's library stands beside the real one in a process.
