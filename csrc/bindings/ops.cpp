@@ -1,12 +1,12 @@
 // torch.ops.fused_rnn: check, allocate, unwrap, call.
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <initializer_list>
 #include <list>
 #include <memory>
 #include <numeric>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -57,26 +57,40 @@ class Shape {
   size_t dim_ = 0;
 };
 
+// No stream of the standard library: where a compiler links that library statically, ours and
+// torch's share what they must not, and a number in a message ends the process.
+std::string text(const std::string& words) {
+  return words;
+}
+std::string text(int64_t number) {
+  return std::to_string(number);
+}
+std::string text(size_t number) {
+  return std::to_string(number);
+}
+std::string text(double number) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", number);
+  return digits;
+}
+template <class Sizes>
+  requires requires(const Sizes& sizes) { sizes.size(); }
+std::string text(const Sizes& sizes) {
+  std::string out = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + text(sizes[i]);
+  return out + "]";
+}
+
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "fused_rnn: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  std::string message = "fused_rnn: ";
+  ((message += text(parts)), ...);
+  throw std::runtime_error(message);
 }
 
 template <class... Parts>
 void check(bool holds, const Parts&... parts) {
   if (!holds) fail(parts...);
-}
-
-template <class Sizes>
-std::string text(const Sizes& sizes) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << ']';
-  return out.str();
 }
 
 const char* name_of(ScalarType type) {

@@ -50,7 +50,8 @@ def make(
 ) -> tuple[nn.Module, Arguments]:
     """The layer of `library` and its arguments: equal numbers for every library, in every process.
 
-    The layer is in eval(): two libraries need not draw the same dropout mask.
+    The layer is in eval(), because two libraries need not draw the same dropout mask; on a GPU,
+    where cuDNN has no backward in eval() and no shape has dropout, in train() for training.
     """
     layer, arguments = _make(library, shape, mode, dtype, device)
     return _finished(layer, library, mode, device), arguments
@@ -77,7 +78,8 @@ def _make(
 
 def _finished(layer: nn.Module, library: Any, mode: str, device: str) -> nn.Module:
     frozen = mode == FROZEN and library is not nn
-    return (fused_rnn.freeze(layer) if frozen else layer).eval().to(device)
+    made = (fused_rnn.freeze(layer) if frozen else layer).to(device)
+    return made.train(mode == "training" and device != "cpu")
 
 
 def _layer(library: Any, shape: Shape, dtype: str) -> nn.Module:
@@ -104,7 +106,7 @@ def _arguments(shape: Shape, dtype: torch.dtype, training: bool, device: str = "
 
     packed = None
     if shape.packed:
-        packed = pack(x, shape)
+        packed = pack(x, shape).to(device)
         x = packed.data
         d_output = d_output.flatten(0, 1)[: len(x)]
     x, d_output = x.to(device), d_output.to(device)
