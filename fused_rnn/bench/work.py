@@ -106,7 +106,7 @@ def _arguments(shape: Shape, dtype: torch.dtype, training: bool, device: str = "
 
     packed = None
     if shape.packed:
-        packed = pack(x, shape).to(device)
+        packed = pack(x.to(device), shape)
         x = packed.data
         d_output = d_output.flatten(0, 1)[: len(x)]
     x, d_output = x.to(device), d_output.to(device)
