@@ -1,6 +1,7 @@
 // The vector of the instruction set this translation unit is compiled for, and how elements of each
 // storage type are loaded into it. Built from the compiler's vector extensions, so one source
-// serves every set; only half-precision conversion and partial access name instructions.
+// serves every set; only what they cannot say (half-precision conversion, partial access, a sum
+// rounded once) names instructions.
 #pragma once
 
 #include <stdint.h>
@@ -351,9 +352,18 @@ FUSED_RNN_INLINE U32Vector broadcast(const BFloat16* p) {
   return U32Vector{} + pair;
 }
 
-// sum + a * b, of numbers or of pairs.
+// sum + a * b, of numbers or of pairs. By the instruction where there is one: from version 13 on
+// g++ tears the contracted expression apart in a loop with a single sum ("avoid FMA chains"), and
+// the tile of one vector would round otherwise than the others.
 template <class V>
 FUSED_RNN_INLINE V multiply_add(V sum, V a, V b) {
+#if defined(__AVX512F__) && !defined(FUSED_RNN_VECTOR_BYTES)
+  if constexpr (std::is_same_v<V, Vector<float>>) return _mm512_fmadd_ps(a, b, sum);
+  if constexpr (std::is_same_v<V, Vector<double>>) return _mm512_fmadd_pd(a, b, sum);
+#elif defined(__FMA__) && !defined(FUSED_RNN_VECTOR_BYTES)
+  if constexpr (std::is_same_v<V, Vector<float>>) return _mm256_fmadd_ps(a, b, sum);
+  if constexpr (std::is_same_v<V, Vector<double>>) return _mm256_fmadd_pd(a, b, sum);
+#endif
   return sum + a * b;
 }
 FUSED_RNN_INLINE Vector<float> multiply_add(Vector<float> sum, U32Vector a, U32Vector b) {
@@ -361,7 +371,7 @@ FUSED_RNN_INLINE Vector<float> multiply_add(Vector<float> sum, U32Vector a, U32V
   return reinterpret_cast<Vector<float>>(_mm512_dpbf16_ps(
       reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 #else
-  return sum + first_of(a) * first_of(b) + second_of(a) * second_of(b);
+  return multiply_add(multiply_add(sum, first_of(a), first_of(b)), second_of(a), second_of(b));
 #endif
 }
 
