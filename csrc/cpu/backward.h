@@ -243,12 +243,17 @@ class BackwardScan : Scan<BackwardProblem> {
     const auto pack = [&](const void* weight, int64_t gates, int64_t units, int64_t columns,
                           Range range, bool shared, W* packed) {
       if (!packed) return;
-      const int64_t rows = packed_rows<W>(gates * pad_units(units));
-      for_panels<A>(1, range.begin, range.end, [&](int64_t column, int vectors) {
-        if (shared && turn++ % member.size != member.index) return;
-        pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column,
-                  vectors, packed + column * rows);
-      });
+      const int64_t Hp = pad_units(units), rows = packed_rows<W>(gates * Hp);
+      const int64_t first_turn = turn;
+      for (int64_t g = 0; g < gates; ++g)
+        for (int64_t j = 0; j < Hp; j += kRowsAtOnce) {
+          turn = first_turn;
+          for_panels<A>(1, range.begin, range.end, [&](int64_t column, int vectors) {
+            if (shared && turn++ % member.size != member.index) return;
+            pack_rows(static_cast<const S*>(weight), gates, units, Hp, columns, g, j, column,
+                      vectors, packed + column * rows);
+          });
+        }
     };
     const bool by_units = plan_.split == Split::kUnits;
     const Range columns = by_units ? member.units : Range{0, Rp_};
