@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 from judge import Tensors, judge
-from layers import BEYOND, KINDS, has_deciding_kink, make, map_tensors, oracle, run, twins
+from layers import (
+    BEYOND,
+    KINDS,
+    has_deciding_kink,
+    judged_steps,
+    make,
+    map_tensors,
+    oracle,
+    run,
+    twins,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -73,7 +83,7 @@ def on_cpu(tensors: Tensors) -> Tensors:
     ids=str,
 )
 def test_accuracy_at_real_sizes(kind: str, dtype: torch.dtype) -> None:
-    judge_on_gpu(kind, 256, 512, dtype=dtype, T=64, B=32)
+    judge_on_gpu(kind, 256, 512, dtype=dtype, T=judged_steps(kind, 64), B=32)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
