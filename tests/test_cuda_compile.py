@@ -16,6 +16,9 @@ ARCHITECTURES = ["80", "90a", "100"]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Every cell as device code, and every word of the vocabulary.
 SOURCES += [ROOT / "tests" / "csrc" / "compile_cells.cu", ROOT / "tests" / "emu" / "conformance.cu"]
+SOURCES += [ROOT / "benchmarks" / "exchange.cu"]
+# What has no words of its own for any, and what is for one only.
+ONE_ARCHITECTURE = {"compile_cells": "80", "exchange": "90a"}
 FLAGS = [
     *("-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emu'}"),
     *("-Werror", "all-warnings"),
@@ -37,8 +40,8 @@ Compiled = dict[Path, Future[tuple[Path, str]]]
 
 
 def architectures(source: Path) -> list[str]:
-    """One is enough for the cells by themselves, which have no words of their own for any."""
-    return ARCHITECTURES[:1] if source.stem == "compile_cells" else ARCHITECTURES
+    one = ONE_ARCHITECTURE.get(source.stem)
+    return [one] if one else ARCHITECTURES
 
 
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)

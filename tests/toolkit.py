@@ -19,7 +19,7 @@ CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 # What a program of tests/emu is made of.
 SOURCES = [ROOT / "csrc" / "core", ROOT / "csrc" / "cells", ROOT / "csrc" / "cuda"]
-SOURCES += [ROOT / "tests" / "emu", ROOT / "tests" / "csrc"]
+SOURCES += [ROOT / "tests" / "emu", ROOT / "tests" / "csrc", ROOT / "benchmarks"]
 
 
 def nvcc() -> str:
