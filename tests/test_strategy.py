@@ -14,7 +14,8 @@ from processes import output_of
 from scans import assert_same, everything, make_arguments, norms
 
 import fused_rnn
-from fused_rnn import strategy
+from fused_rnn import functional, strategy
+from fused_rnn.reference import Controls
 from fused_rnn.strategy import Plan, describe_schedule, forced_schedule
 
 _C = pytest.importorskip("fused_rnn._C")
@@ -312,6 +313,29 @@ def test_what_is_not_persistent_has_a_reason(
     assert not plan["possible"]
     assert why in plan["against"]
     assert describe_schedule(plan) == f"stepwise; not persistent: {plan['against']}"
+
+
+def test_the_log_names_the_schedule_of_a_call_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: (132, 227 * 1024))
+    layer = fused_rnn.LSTM(4, 64)
+    x, sizes = torch.zeros(6, 3, 4), torch.tensor([3, 2, 1])
+    call = functional._Call("lstm", x, None, None, None, [*layer.parameters()], 1, False, False)
+    with caplog.at_level(logging.DEBUG, "fused_rnn.strategy"):
+        functional._log_schedule(call)
+        with fused_rnn.force_schedule("persistent"):
+            functional._log_schedule(call)
+        functional._log_schedule(call._replace(input=x[:, 0], batch_sizes=sizes))
+        functional._log_schedule(call._replace(controls=Controls(zoneout_h=0.1)))
+    plans = [text.partition(": ")[2] for text in caplog.messages]
+    assert plans == [
+        f"stepwise; not persistent: {strategy.NOT_MEASURED} (16 blocks of 4 units)",
+        "persistent: forced",
+        "stepwise; not persistent: the sequences have lengths of their own",
+        "stepwise; not persistent: resets, regularisers and all cell states need a kernel per step",
+    ]
+    assert all(text.startswith("lstm forward H=64: ") for text in caplog.messages)
 
 
 def test_an_unknown_schedule_is_refused_and_the_choice_returns() -> None:
