@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from processes import interpreter, run
-from toolkit import CXX, ROOT, emulated, has_gpu, headers, made, native
+from toolkit import BENCHMARK, CXX, ROOT, emulated, has_gpu, headers, made, native
 
 BUILDS = {
     "plain": "-O1 -g1".split(),
@@ -60,8 +60,8 @@ def programs() -> Programs:
     # The emulator itself is never instrumented: see emulator.cpp.
     parts = {key: [(EMU / "emulator.cpp", "uninstrumented")] for key in keys}
     for name, build in keys:
-        folder = ROOT / "benchmarks" if name == "exchange" else EMU
-        parts[name, build].append((folder / f"{name}.cu", build))
+        source = BENCHMARK if name == "exchange" else EMU / f"{name}.cu"
+        parts[name, build].append((source, build))
         if name == "run_stepwise":
             # Compilers of sanitizers are slow, and types that are not run need none.
             parts[name, build] += [
@@ -157,12 +157,14 @@ WAYS = {
     "cluster-barrier": 6,
     "counted-stores": 6,
 }
-# Four blocks, 37 pairs of words, seven exchanges; the last argument leaves one out.
-SIZES = ("7", "4", "37")
+# Five exchanges of four blocks, 21 pairs of words; the last argument leaves one out.
+SIZES = ("5", "4", "21")
 
 
-@each_build
-@pytest.mark.parametrize("order", ["forward", "random:4"])
+@pytest.mark.parametrize(
+    ("build", "order"),
+    [("plain", "forward"), ("plain", "eager"), ("asan", "random:4"), ("tsan", "forward")],
+)
 def test_exchanges_give_what_they_must(programs: Programs, build: str, order: str) -> None:
     """benchmarks/exchange.cu, which judges itself."""
     for way, lines in WAYS.items():

@@ -307,7 +307,7 @@ int run_without(int barrier) {
   forced_schedule = int(Schedule::kPersistent);
   const std::string right = run(cell, DType::kFloat32, o, o.name, false);
   dev::emu::options().without = barrier;
-  for (const char* wish : {"forward", "reverse", "eager", "random:1", "random:2"}) {
+  for (const char* wish : kOrders) {
     dev::emu::set_order(wish);
     if (run(cell, DType::kFloat32, o, o.name, false) == right) continue;
     std::printf("in the order %s results differ\n", wish);
