@@ -454,9 +454,26 @@ def _route(
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
-        if route == "fused" and input.is_cpu:
+        if route == "fused" and input.is_cuda:
+            _log_schedule(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
+        elif route == "fused" and input.is_cpu:
             _log_strategy(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
     return route
+
+
+def _log_schedule(call: _Call) -> None:
+    directions = 2 if call.bidirectional else 1
+    weights = reference.split_weights(call.cell, call.weights, call.num_layers * directions)[0]
+    controls = call.controls
+    ragged = call.batch_sizes is not None or (controls is not None and controls.lengths is not None)
+    plan = strategy.persistent_on(
+        *(call.input.device.index, call.cell, weights.units, call.input.dtype),
+        projected=weights.hr is not None,
+        ragged=ragged,
+        controlled=not ragged and controls is not None and controls.any,
+    )
+    text = strategy.describe_schedule(plan, strategy.forced_schedule())
+    _strategy_log.debug("%s forward H=%d: %s", call.cell, weights.units, text)
 
 
 def _log_strategy(call: _Call) -> None:
