@@ -138,7 +138,7 @@ struct Options {
   const char* name;
   int64_t H = 9, layers = 1, dirs = 1;
   bool projection = false, ragged = false, reset = false, zoneout = false, h_mask = false,
-       all_c = false;
+       candidate_mask = false, all_c = false;
 };
 
 constexpr Options kOptions[] = {
@@ -151,7 +151,9 @@ constexpr Options kOptions[] = {
      .reset = true,
      .zoneout = true,
      .h_mask = true,
+     .candidate_mask = true,
      .all_c = true},
+    {.name = "regularised projection", .projection = true, .reset = true, .zoneout = true},
 };
 
 std::string run(const CellInfo& cell, DType type, const Options& o, const char* what) {
@@ -202,12 +204,14 @@ std::string run(const CellInfo& cell, DType type, const Options& o, const char* 
   f.weights = weights.data();
   if (o.reset) f.reset = sequence(host.bits(T * B, 0.4), 1);
   if (o.zoneout) {
-    f.zoneout_plane = f.steps.N * cell.states * H;
+    const int64_t units = R + (cell.states > 1 ? H : 0);
+    f.zoneout_plane = f.steps.N * units;
     f.zoneout_mask.data = host.bits(planes * f.zoneout_plane, 0.3);
-    f.zoneout_mask.stride_b = cell.states * H;
+    f.zoneout_mask.stride_b = units;
     f.zoneout_mask.packed = true;
   }
   if (o.h_mask) f.h_mask = host.random(planes * B * R);
+  if (o.candidate_mask && cell.candidate) f.candidate_mask = host.random(planes * B * H);
   const int64_t slots = saved_slots(f, cell);
 
   // With lengths, what lies beyond them is not the kernels' to write.
