@@ -29,7 +29,7 @@ RANDOM: dict[str, dict[str, Any]] = {
 
 
 def refused(kind: str, random: str) -> bool:
-    facts = fused_rnn.reference.CELLS[make(fused_rnn, kind, 1, 2)._cell]
+    facts = fused_rnn.reference.CELLS[make(fused_rnn, kind, 1, 4)._cell]
     needs = {"recurrent_dropout": facts.recurrent, "candidate_dropout": facts.candidate}
     return not needs.get(random, True)
 

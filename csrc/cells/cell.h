@@ -11,9 +11,8 @@
 //   forward(x, h, w, prev, state, saved)
 //     x[G]        pre-activations from the input, bias_ih included
 //     h[G]        pre-activations from the previous h, bias_hh included
-//     w[P]        recurrent weights of the unit to itself; with kCandidate of any type that has
-//     them
-//                 and that `masked` knows
+//     w[P]        recurrent weights of the unit to itself; with kCandidate they come in any type
+//                 that `masked` knows
 //     prev[S]     the states before, state[S] the states after (written)
 //     saved       written
 //   backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw)
