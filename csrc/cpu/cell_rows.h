@@ -387,7 +387,8 @@ void backward_units(const BackwardRow<A>& at) {
     V kept[Cell::kStates] = {};  // gradients of the states before by way of zoneout
     if (at.own) {
 #pragma GCC unroll 2
-      for (int s = at.h_before ? 0 : 1; s < Cell::kStates; ++s) {
+      for (int s = 0; s < Cell::kStates; ++s) {
+        if (s == 0 && !at.h_before) continue;
         kept[s] = d_state[s] * zoneout_share(at, s, u, at.valid_c - u);
         d_state[s] -= kept[s];
       }

@@ -52,11 +52,11 @@ FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u
   Cell::forward(x, h, weights_of<Cell>(s, b, u, w), prev, state, saved);
 
   A* slots = s.saved ? s.saved + b * s.ld_saved + u : nullptr;
-  if (s.zoneout.any) {
-    for (int k = 0; slots && k < Cell::kStates; ++k) slots[(s.own_slot + k) * s.slot] = state[k];
-    for (int k = s.own ? 1 : 0; k < Cell::kStates; ++k)
-      state[k] = zone_out(s.zoneout, k, b, k * s.R + u, prev[k], state[k]);
-  }
+  if (s.zoneout.any)
+    for (int k = 0; k < Cell::kStates; ++k) {
+      if (slots) slots[(s.own_slot + k) * s.slot] = state[k];
+      if (k > 0 || !s.own) state[k] = zone_out(s.zoneout, k, b, k * s.R + u, prev[k], state[k]);
+    }
   if constexpr (Cell::kStates > 1) {
     s.c[b * H + u] =
         s.next(b) ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : state[1];
@@ -130,7 +130,8 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t
 
   A kept[Cell::kStates] = {};  // gradients of the states before by way of zoneout
   if (s.zoneout.any)
-    for (int k = s.d_own ? 1 : 0; k < Cell::kStates; ++k) {
+    for (int k = 0; k < Cell::kStates; ++k) {
+      if (k == 0 && s.d_own) continue;
       kept[k] = d_state[k] * zoneout_share<A>(s.zoneout, k, b, k * s.R + u);
       d_state[k] -= kept[k];
     }
