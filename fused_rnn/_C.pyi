@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .strategy import Plan
+from .strategy import Persistent, Plan
 
 Values = NDArray[np.float32] | NDArray[np.float64]
 
@@ -58,6 +58,18 @@ class Pressure:
     def report(self, now: int, total: int, lost: int) -> None: ...
 
 def force_split(split: str | None) -> str | None: ...
+def schedule(
+    cell: str,
+    H: int,
+    dtype: str,
+    *,
+    sms: int,
+    shared_per_block: int,
+    projected: bool = False,
+    ragged: bool = False,
+    controlled: bool = False,
+) -> Persistent: ...
+def force_schedule(schedule: str | None) -> str | None: ...
 
 # None where only the op can answer: csrc/bindings/direct.cpp.
 def infer(

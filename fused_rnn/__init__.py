@@ -23,7 +23,7 @@ from .modules import (
     init_forget_bias_,
 )
 from .ops import empty_cache
-from .strategy import force_split
+from .strategy import force_schedule, force_split
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "convert",
     "detach",
     "empty_cache",
+    "force_schedule",
     "force_split",
     "freeze",
     "init_forget_bias_",

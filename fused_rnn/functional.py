@@ -464,14 +464,32 @@ def _route(
         tensors.append(h0)
     if c0 is not None:
         tensors.append(c0)
-    route, reason = _choose(tensors, compiling)
-    if route == "torch" and (len(options) > 3 or not hasattr(_VF, cell)):
+    in_torch = len(options) <= 3 and hasattr(_VF, cell)
+    route, reason = _choose(tensors, compiling, in_torch)
+    if route == "torch" and not in_torch:
         route = "reference"
     if not compiling and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
-        if route == "fused" and input.is_cpu:
+        if route == "fused" and input.is_cuda:
+            _log_schedule(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
+        elif route == "fused" and input.is_cpu:
             _log_strategy(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
     return route
+
+
+def _log_schedule(call: _Call) -> None:
+    directions = 2 if call.bidirectional else 1
+    weights = reference.split_weights(call.cell, call.weights, call.num_layers * directions)[0]
+    controls = call.controls
+    ragged = call.batch_sizes is not None or (controls is not None and controls.lengths is not None)
+    plan = strategy.persistent_on(
+        *(call.input.device.index, call.cell, weights.units, call.input.dtype),
+        projected=weights.hr is not None,
+        ragged=ragged,
+        controlled=not ragged and controls is not None and controls.any,
+    )
+    text = strategy.describe_schedule(plan, strategy.forced_schedule())
+    _strategy_log.debug("%s forward H=%d: %s", call.cell, weights.units, text)
 
 
 def _log_strategy(call: _Call) -> None:
@@ -510,7 +528,7 @@ def _log_strategy(call: _Call) -> None:
         _strategy_log.debug("%s T=%d B=%d I=%d H=%d: %s", name, T, B, I, H, text)
 
 
-def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
+def _choose(tensors: list[Tensor], compiling: bool, in_torch: bool) -> tuple[str, str]:
     """The route of a call on [input, weight_ih, ...] and, unless it is "fused", the reason."""
     if ops.transforms_active():
         return "reference", "a torch.func transform is active"
@@ -544,6 +562,8 @@ def _choose(tensors: list[Tensor], compiling: bool) -> tuple[str, str]:
             return "torch", f"the kernels for cuda are off: {ops.cuda_off}"
         if not compiling and (reason := ops.cuda_device_off(tensors[0].device.index)):
             return "torch", f"there are no kernels for cuda: {reason}"
+        if in_torch and ops.cudnn_first:
+            return "torch", "cuDNN is faster so far (FUSED_RNN_CUDA_KERNELS=1 takes our kernels)"
     return "fused", ""
 
 

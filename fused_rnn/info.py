@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.strategy import describe
+from fused_rnn.strategy import describe, describe_schedule, forced_schedule, gpu_sizes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -33,6 +33,10 @@ SHAPES = (
     (64, 8, 256, 1, 2),
     (64, 64, 512, 1, 1),
 )
+# Of layers on a GPU: units and dtype.
+GPU_SIZES = ((128, "bfloat16"), (768, "float32"), (1024, "bfloat16"), (2048, "bfloat16"))
+# SMs and shared memory of a block, that the forward scan is planned for where there is no GPU.
+H200 = (132, 227 * 1024)
 # Twenty times the rounding error of float32: sums are taken in another order than torch's.
 WORST_ERROR = 20 * torch.finfo(torch.float32).eps
 
@@ -91,6 +95,18 @@ def strategies() -> Iterable[tuple[str, str]]:
         yield f"T={T} B={B} H={H} L={layers} D={directions}", describe(plan)
 
 
+def schedules() -> Iterable[tuple[str, str]]:
+    """For an LSTM of some sizes: the schedule of the forward scan on a GPU, and why."""
+    from fused_rnn import _C
+
+    sms, shared = H200
+    if torch.cuda.is_available():
+        sms, shared = gpu_sizes(torch.cuda.current_device())
+    for H, dtype in GPU_SIZES:
+        plan = _C.schedule("lstm", H, dtype, sms=sms, shared_per_block=shared)
+        yield f"H={H} {dtype}", describe_schedule(plan, forced_schedule())
+
+
 def _outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     output, h_n = layer(x)
@@ -147,6 +163,7 @@ def main() -> int:
         ]
         _lines("library, built with", library)
         _lines("how threads share the forward scan of an LSTM", strategies())
+        _lines("how the forward scan of an LSTM is scheduled on a GPU", schedules())
     else:
         _lines("library", [("missing", str(ops.unavailable_reason))])
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

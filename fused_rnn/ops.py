@@ -48,10 +48,9 @@ if available:
     cuda_architectures, cuda_off = _C.cuda()
     if cuda_architectures and torch.version.cuda is None:
         cuda_off = f"this torch ({torch.__version__}) is built without CUDA"
-    elif cuda_architectures and os.environ.get("FUSED_RNN_CUDA_KERNELS") != "1":
-        # TODO: take them by default for what cuDNN does not have, and where they are faster.
-        cuda_off = "cuDNN is faster so far (FUSED_RNN_CUDA_KERNELS=1 takes them)"
 has_cuda = not cuda_off
+# TODO: by shape, once the kernels are faster somewhere at large (benchmarks/results).
+cudnn_first = os.environ.get("FUSED_RNN_CUDA_KERNELS") != "1"
 
 
 @functools.cache

@@ -7,6 +7,12 @@
 
 Two directions have a team of threads each, which shares its direction in one of these ways. The
 results are the same bits in all of them.
+
+On CUDA a forward scan has a schedule:
+
+    stepwise    a kernel per step: every call
+    persistent  all steps in one launch, the weights resident in shared memory: what fits. It has
+                not run on a GPU yet, so it is taken only where it is forced. Backward is stepwise.
 """
 
 from __future__ import annotations
@@ -15,6 +21,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypedDict
+
+import torch
 
 from . import ops
 
@@ -29,6 +37,51 @@ class Plan(TypedDict):
     possible: bool  # False where a forced split cannot run
     reason: str
     against: dict[str, str]  # why each other split was passed over
+
+
+class Persistent(TypedDict):
+    possible: bool
+    against: str  # why not
+    units: int  # of a block
+    blocks: int
+    shared_bytes: int  # of a block
+
+
+NOT_MEASURED = "it has not run on a GPU yet, force_schedule('persistent') takes it"
+
+
+def gpu_sizes(gpu: int) -> tuple[int, int]:
+    """SMs, and bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(gpu)
+    # All of an SM but what the driver keeps of each block, since compute capability 8.0.
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor - 1024
+
+
+def persistent_on(gpu: int, cell: str, H: int, dtype: torch.dtype, **facts: bool) -> Persistent:
+    """Whether the forward scan can be persistent on that GPU; for `facts` see `_C.schedule`."""
+    from . import _C
+
+    sms, shared = gpu_sizes(gpu)
+    name = str(dtype).removeprefix("torch.")
+    return _C.schedule(cell, H, name, sms=sms, shared_per_block=shared, **facts)
+
+
+def forced_schedule() -> str | None:
+    """What `force_schedule` or the environment asks for now."""
+    from . import _C
+
+    forced = _C.force_schedule(None)
+    _C.force_schedule(forced)
+    return forced
+
+
+def describe_schedule(persistent: Persistent, forced: str | None = None) -> str:
+    """Which schedule a forward scan on CUDA has, and why."""
+    if forced:
+        return f"{forced}: forced"
+    blocks = f"{persistent['blocks']} blocks of {persistent['units']} units"
+    why = f"{NOT_MEASURED} ({blocks})" if persistent["possible"] else persistent["against"]
+    return f"stepwise; not persistent: {why}"
 
 
 def describe(plan: Plan) -> str:
@@ -69,7 +122,35 @@ def force_split(split: str | None) -> Iterator[None]:
         _C.force_split(before)
 
 
-if ops.available and "FUSED_RNN_SPLIT" in os.environ:
+@contextmanager
+def force_schedule(schedule: str | None) -> Iterator[None]:
+    """Within this context, every forward scan on CUDA is scheduled as told, in the whole process.
+
+    For measuring and for tests; the environment variable FUSED_RNN_SCHEDULE does the same for a
+    whole run. None leaves the choice to the library.
+
+    Args:
+        schedule: "stepwise", "persistent" or None (see `fused_rnn.strategy`).
+
+    Raises:
+        ValueError: there is no such schedule.
+        RuntimeError: at a call that cannot be persistent, with the reason.
+    """
+    if not ops.available:
+        raise RuntimeError(f"fused_rnn.force_schedule: {ops.unavailable_reason}")
     from . import _C
 
-    _C.force_split(os.environ["FUSED_RNN_SPLIT"])
+    before = _C.force_schedule(schedule)
+    try:
+        yield
+    finally:
+        _C.force_schedule(before)
+
+
+if ops.available:
+    from . import _C
+
+    if "FUSED_RNN_SPLIT" in os.environ:
+        _C.force_split(os.environ["FUSED_RNN_SPLIT"])
+    if "FUSED_RNN_SCHEDULE" in os.environ:
+        _C.force_schedule(os.environ["FUSED_RNN_SCHEDULE"])

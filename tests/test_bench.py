@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
-from fused_rnn import _C
+from fused_rnn import _C, strategy
 from fused_rnn.bench import __main__ as cli
 from fused_rnn.bench import conditions, measure, memory, peers, report, roof, sides, work
 from fused_rnn.bench.measure import TORCH, DisagreementError, Result
@@ -376,6 +376,45 @@ def die(*_: Any) -> None:
     os._exit(1)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "taken"),
+    [
+        (Shape("gpu", "LSTM", 8, 4, 64, 64), "bfloat16", "persistent"),
+        (Shape("gpu", "GRU", 8, 4, 64, 64, L=2, D=2), "float32", "persistent"),
+        (Shape("gpu", "GRU", 8, 4, 64, 64), "float64", "stepwise"),
+        (Shape("gpu", "LSTM", 8, 4, 64, 64, packed=True), "bfloat16", "stepwise"),
+        (Shape("gpu", "RNN", 8, 4, 64, 64), "bfloat16", "stepwise"),
+        (Shape("gpu", "LSTM", 8, 4, 64, 2048), "bfloat16", "stepwise"),
+    ],
+)
+def test_a_row_says_which_schedule_it_had(
+    shape: Shape, dtype: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be persistent is stepwise instead of an error, and its row says so."""
+    monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: (132, 227 * 1024))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    forced = []
+
+    def measured(*arguments: Any, **options: Any) -> Result:
+        forced.append(strategy.forced_schedule())
+        return result(2.0)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    arguments = TORCH, shape, "inference", dtype, 0.1, "cuda"
+    row = measure._outcome(*arguments, "persistent")
+    assert isinstance(row, Result)
+    assert row.schedule == taken
+    assert taken in report.details([row])[0].rows[0][0]
+    default = measure._outcome(*arguments, None)
+    assert isinstance(default, Result)
+    assert (default.schedule, forced) == ("stepwise", [taken, "stepwise"])
+
+
+def test_a_schedule_is_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--schedule", "persistent", "--out", str(tmp_path)]) == 2
+    assert "--device cuda" in capsys.readouterr().out
+
+
 def test_a_crash_names_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_outcome", die)
     with pytest.raises(RuntimeError, match=f"the process died in {SHAPE.label}, training"):
@@ -496,7 +535,7 @@ def test_rates_are_measured_once_and_with_their_threads(monkeypatch: pytest.Monk
 
 def test_only_float32_has_a_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     def here(
-        _: str, pairs: Any, threads: int, dtype: str, budget: float, __: str
+        _: str, pairs: Any, threads: int, dtype: str, budget: float, *__: str | None
     ) -> Iterator[Result]:
         for pair in pairs:
             yield dataclasses.replace(measure.measure(*pair, dtype, budget), threads=threads)

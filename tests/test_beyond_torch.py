@@ -16,6 +16,7 @@ from layers import (
     KINDS,
     complaint,
     flatten,
+    judged_steps,
     make,
     map_tensors,
     oracle,
@@ -305,9 +306,10 @@ def test_accuracy(kind: str, form: str, dtype: torch.dtype) -> None:
                 weight.copy_(one_sided(weight, H))
     double = copy.deepcopy(layer).double()
     batch = () if form == "unbatched" else (B,)
+    steps = judged_steps(kind, T)
 
     def draw() -> tuple[Tensors, Tensors, Tensors]:
-        input, hx = make_input(form, T, B, I, dtype), state_for(layer, *batch)
+        input, hx = make_input(form, steps, B, I, dtype), state_for(layer, *batch)
         if kink:
             input, hx = map_tensors(Tensor.abs, (input, hx))
         parameters = dict(layer.named_parameters())

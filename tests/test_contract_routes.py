@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +12,10 @@ import pytest
 import torch
 from processes import output_of, python
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import fused_rnn
+from fused_rnn import ops
 
 
 def route(caplog: pytest.LogCaptureFixture, call: Callable[[], Any]) -> str:
@@ -68,6 +72,36 @@ def test_the_log_names_the_route_and_the_reason(
 ) -> None:
     layer, input = fused_rnn.GRU(5, 7), torch.randn(4, 3, 5)
     assert route(caplog, lambda: call(layer, input)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("cudnn_first", "layer", "controls", "expected"),
+    [
+        (True, fused_rnn.GRU, (), "gru: torch, because cuDNN is faster"),
+        (True, fused_rnn.GRU, ("reset",), "gru: fused"),
+        (True, fused_rnn.PeepholeLSTM, (), "peephole_lstm: fused"),
+        (False, fused_rnn.GRU, (), "gru: fused"),
+    ],
+)
+def test_what_cudnn_has_it_serves(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cudnn_first: bool,
+    layer: Any,
+    controls: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(ops, "has_cuda", True)
+    monkeypatch.setattr(ops, "cuda_device_off", lambda index: "")
+    monkeypatch.setattr(ops, "cudnn_first", cudnn_first)
+    monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
+    with FakeTensorMode(), torch.no_grad():  # a GPU that is not there
+        fused = layer(5, 7, device="cuda")
+        masks = {name: torch.empty(4, 3, dtype=torch.bool, device="cuda") for name in controls}
+        call = functools.partial(fused, torch.empty(4, 3, 5, device="cuda"), **masks)
+        with contextlib.suppress(Exception):  # the kernels are not there
+            route(caplog, call)
+    assert caplog.records[0].getMessage().startswith(expected)
 
 
 def test_the_log_is_silent_by_default(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,13 +6,16 @@ The programs run by hand as well: `build/tests/planted-tsan-... wrong NAME` show
 
 from __future__ import annotations
 
+import collections
+import csv
+import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from processes import run
-from toolkit import CXX, ROOT, emulated, has_gpu, headers, made, native
+from processes import interpreter, run
+from toolkit import BENCHMARK, CXX, ROOT, emulated, has_gpu, headers, made, native
 
 BUILDS = {
     "plain": "-O1 -g1".split(),
@@ -25,7 +28,12 @@ BUILDS = {
 }
 EMU = ROOT / "tests" / "emu"
 # program -> its builds; test_stepwise.py runs the schedule in the plain one.
-PROGRAMS = {"planted": list(BUILDS), "conformance": list(BUILDS), "run_stepwise": ["asan", "tsan"]}
+PROGRAMS = {
+    "planted": list(BUILDS),
+    "conformance": list(BUILDS),
+    "run_stepwise": ["asan", "tsan"],
+    "exchange": list(BUILDS),
+}
 # The first report is enough. Who is stopped by a failure does not tidy up.
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
 
@@ -52,7 +60,8 @@ def programs() -> Programs:
     # The emulator itself is never instrumented: see emulator.cpp.
     parts = {key: [(EMU / "emulator.cpp", "uninstrumented")] for key in keys}
     for name, build in keys:
-        parts[name, build].append((EMU / f"{name}.cu", build))
+        source = BENCHMARK if name == "exchange" else EMU / f"{name}.cu"
+        parts[name, build].append((source, build))
         if name == "run_stepwise":
             # Compilers of sanitizers are slow, and types that are not run need none.
             parts[name, build] += [
@@ -124,6 +133,64 @@ def test_reports_name_the_place(programs: Programs) -> None:
 @pytest.mark.parametrize("build", PROGRAMS["run_stepwise"])
 def test_sanitizers_find_nothing_in_the_schedule(programs: Programs, build: str) -> None:
     print(execute(programs, "run_stepwise", build))
+
+
+# Of persistent_forward: the grid's, and two of the block.
+BARRIERS = 3
+
+
+@pytest.mark.parametrize("barrier", range(BARRIERS + 1))
+def test_every_barrier_of_the_persistent_kernel_is_needed(programs: Programs, barrier: int) -> None:
+    arguments = "run_stepwise", "tsan", "without", str(barrier)
+    if barrier == BARRIERS:  # there is no such one, so nothing is left out
+        print(execute(programs, *arguments))
+        return
+    with pytest.raises(AssertionError, match=r"data race|results differ"):
+        execute(programs, *arguments)
+
+
+WAYS = {
+    "grid-barrier": 6,
+    "flag-barrier": 6,
+    "tagged-data": 6,
+    "sentinel-data": 6,
+    "cluster-barrier": 6,
+    "counted-stores": 6,
+}
+# Five exchanges of four blocks, 21 pairs of words; the last argument leaves one out.
+SIZES = ("5", "4", "21")
+
+
+@pytest.mark.parametrize(
+    ("build", "order"),
+    [("plain", "forward"), ("plain", "eager"), ("asan", "random:4"), ("tsan", "forward")],
+)
+def test_exchanges_give_what_they_must(programs: Programs, build: str, order: str) -> None:
+    """benchmarks/exchange.cu, which judges itself."""
+    for way, lines in WAYS.items():
+        said = execute(programs, "exchange", build, way, *SIZES, FUSED_RNN_EMULATOR_ORDER=order)
+        assert len(re.findall(f"^{way},", said, re.MULTILINE)) == lines, said
+
+
+def test_the_benchmark_of_exchanges_leaves_its_files(programs: Programs, tmp_path: Path) -> None:
+    program = str(programs["exchange", "plain"])
+    script = ROOT / "benchmarks" / "exchange.py"
+    done = interpreter(
+        *(str(script), "--program", program, "--out", str(tmp_path), "--machine", "an emulator"),
+        *("--sizes", *SIZES),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = tmp_path.glob("*-an-emulator-exchange.csv")
+    with table.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert collections.Counter(row["way"] for row in rows) == WAYS
+    assert "within clusters" in table.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith(("grid", "cluster"))])
+def test_exchanges_give_up_waiting(programs: Programs, way: str) -> None:
+    with pytest.raises(AssertionError, match="gave up waiting in exchange 3"):
+        execute(programs, "exchange", "plain", way, *SIZES, "3")
 
 
 @pytest.mark.gpu

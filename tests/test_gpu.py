@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 from judge import Tensors, judge
-from layers import BEYOND, KINDS, has_deciding_kink, make, map_tensors, oracle, run, twins
+from layers import (
+    BEYOND,
+    KINDS,
+    has_deciding_kink,
+    judged_steps,
+    make,
+    map_tensors,
+    oracle,
+    run,
+    twins,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -73,7 +83,7 @@ def on_cpu(tensors: Tensors) -> Tensors:
     ids=str,
 )
 def test_accuracy_at_real_sizes(kind: str, dtype: torch.dtype) -> None:
-    judge_on_gpu(kind, 256, 512, dtype=dtype, T=64, B=32)
+    judge_on_gpu(kind, 256, 512, dtype=dtype, T=judged_steps(kind, 64), B=32)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
@@ -91,6 +101,49 @@ def test_accuracy_of_shapes(
     kind: str, sizes: tuple[int, int], T: int, B: int, options: dict[str, Any]
 ) -> None:
     judge_on_gpu(kind, *sizes, dtype=torch.float32, T=T, B=B, **options)
+
+
+@pytest.fixture(params=["stepwise", "persistent"])
+def schedule(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of the forward scans; with controls they are stepwise."""
+    if request.param == "persistent" and request.node.callspec.params.get("controls"):
+        pytest.skip("controls are stepwise")
+    with fused_rnn.force_schedule(request.param):
+        yield
+
+
+each_schedule = pytest.mark.usefixtures("schedule")
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize(
+    ("dtype", "H", "B"),
+    [
+        (torch.float32, 512, 16),
+        (torch.float32, 1024, 3),
+        (torch.bfloat16, 128, 1),
+        (torch.bfloat16, 768, 16),
+        (torch.bfloat16, 1024, 64),
+        (torch.float16, 512, 33),
+    ],
+    ids=str,
+)
+def test_accuracy_of_the_persistent_schedule(kind: str, dtype: torch.dtype, H: int, B: int) -> None:
+    with fused_rnn.force_schedule("persistent"):
+        judge_on_gpu(kind, 64, H, dtype=dtype, T=64, B=B)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_long_persistent_calls_agree_bit_for_bit(kind: str) -> None:
+    """What one block reads too early in one of many steps would differ from call to call."""
+    layer = getattr(fused_rnn, kind)(64, 1024, dtype=torch.bfloat16, device="cuda")
+    x = cuda(2000, 16, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), fused_rnn.force_schedule("persistent"):
+        expected = layer(x)[0]
+        for _ in range(10):
+            assert torch.equal(layer(x)[0], expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], expected, rtol=0.05, atol=0.05)
 
 
 def test_accuracy_with_tf32() -> None:
@@ -136,6 +189,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert torch.equal(a, b)
 
 
+@each_schedule
 def test_calls_agree_bit_for_bit() -> None:
     layer, x = layer_and_input()
     expected = results_of(layer, x)
@@ -143,6 +197,7 @@ def test_calls_agree_bit_for_bit() -> None:
         assert_equal(results_of(layer, x), expected)
 
 
+@each_schedule
 def test_the_current_stream_is_used() -> None:
     """Another one, behind work that makes the input late, forward and in autograd's thread."""
     layer, x = layer_and_input()
@@ -158,6 +213,7 @@ def test_the_current_stream_is_used() -> None:
     assert_equal(found, expected)
 
 
+@each_schedule
 @pytest.mark.parametrize("controls", ["", "lengths"])
 def test_nothing_waits_for_the_gpu(controls: str) -> None:
     layer, x = layer_and_input()
@@ -171,6 +227,7 @@ def test_nothing_waits_for_the_gpu(controls: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@each_schedule
 @pytest.mark.parametrize("controls", ["", "lengths"])
 def test_graphs_capture_forward_and_backward(controls: str) -> None:
     layer, x = layer_and_input()
@@ -204,6 +261,7 @@ def test_graphs_capture_forward_and_backward(controls: str) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+@each_schedule
 def test_memory_is_given_back() -> None:
     layer, x = layer_and_input()
     results_of(layer, x)

@@ -90,7 +90,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @contextmanager
 def setting(name: str, value: int, backend: Backend) -> Iterator[None]:
-    """`chunk_bytes` or `fused_rows` of the schedule."""
+    """`chunk_bytes`, `fused_rows` or `schedule`: of all calls, by its number in persistent.h."""
     path = fused_rnn._C.__file__
     if backend.name == "emu":
         path = next(p for p in torch.ops.loaded_libraries if p.endswith("_emu.so"))
@@ -133,6 +133,82 @@ def test_accuracy_of_structures(cell: str, options: dict[str, Any]) -> None:
 def test_accuracy_of_rows_wider_than_their_block(cell: str) -> None:
     """So that a thread has several units, and some one more than others."""
     judge_scan(cell, 2, 2, 3, 530, dtype=torch.float32)
+
+
+@pytest.fixture
+def persistent(backend: Backend) -> Iterator[None]:
+    """All steps of a layer and direction in one launch."""
+    with setting("schedule", 1, backend):
+        yield
+
+
+each_persistent = pytest.mark.parametrize("cell", ["lstm", "gru"])
+
+
+@pytest.mark.usefixtures("persistent")
+@each_persistent
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "options"),
+    [
+        # Fewer rows than are multiplied at a time, and more.
+        ((5, 3, 6, 32), torch.float32, {}),
+        ((1, 1, 1, 16), torch.float32, {"bias": False, "state": False}),
+        ((3, 18, 5, 16), torch.float32, {"bidirectional": True, "layers": 2}),
+        ((4, 9, 5, 48), torch.bfloat16, {"layers": 2, "batch_first": True}),
+        ((3, 18, 5, 16), torch.float16, {"bidirectional": True}),
+        # Two of the parts that warps have.
+        ((2, 2, 3, 144), torch.bfloat16, {}),
+    ],
+    ids=str,
+)
+def test_accuracy_of_the_persistent_schedule(
+    cell: str, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    judge_scan(cell, *sizes, dtype=dtype, **options)
+
+
+@pytest.mark.usefixtures("persistent")
+@each_persistent
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_accuracy_of_persistent_chunks(cell: str, steps: int, backend: Backend) -> None:
+    """A launch for each chunk of steps, of odd and even numbers of them."""
+    B, H = 3, 32
+    gates = fused_rnn._C.cells()[cell]["gates"]
+    with setting("chunk_bytes", steps * B * gates * H * 4, backend):
+        judge_scan(cell, 5, B, 4, H, dtype=torch.float32, bidirectional=True)
+
+
+@pytest.mark.usefixtures("persistent")
+@each_persistent
+def test_persistent_inference_is_forward(cell: str, backend: Backend) -> None:
+    args = make_arguments(cell, 5, 3, 4, 32, layers=2, batch_first=True).on(backend.device)
+    assert_same(list(ops.inference(*args.given())), list(ops.forward(*args.given())[:3]))
+
+
+@pytest.mark.usefixtures("persistent")
+@pytest.mark.parametrize(
+    ("cell", "options", "why"),
+    [
+        ("rnn_tanh", {}, "no kernel for this cell"),
+        ("lstm", {"dtype": torch.float64}, "no kernel for float64"),
+        ("lstm", {"proj": 4}, "h is projected"),
+        ("gru", {"batch_sizes": RAGGED}, "lengths of their own"),
+        ("gru", {"B": 5, "lengths": PADDED}, "lengths of their own"),
+        ("gru", {"reset": 0.3}, "need a kernel per step"),
+        ("lstm", {"zoneout": "shares"}, "need a kernel per step"),
+        ("lstm", {"h_mask": True}, "need a kernel per step"),
+        ("lstm", {"all_c": True}, "need a kernel per step"),
+        ("lstm", {"H": 24}, "no multiple of 16"),
+        ("lstm", {"H": 2048, "T": 1, "B": 1, "I": 1}, "do not fit"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_persistent_says_why(
+    cell: str, options: dict[str, Any], why: str, backend: Backend
+) -> None:
+    args = make_arguments(cell, **({"H": 16} | options)).on(backend.device)
+    with pytest.raises(RuntimeError, match=f"'persistent' is forced, but .*{why}"):
+        ops.inference(*args.given())
 
 
 def large(args: Arguments) -> Arguments:

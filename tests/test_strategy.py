@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from processes import output_of
 from scans import assert_same, everything, make_arguments, norms
 
 import fused_rnn
-from fused_rnn import strategy
-from fused_rnn.strategy import Plan
+from fused_rnn import functional, strategy
+from fused_rnn.reference import Controls
+from fused_rnn.strategy import Plan, describe_schedule, forced_schedule
 
 _C = pytest.importorskip("fused_rnn._C")
 SPLITS = ("none", "rows", "units", "layers")
@@ -268,3 +270,84 @@ def test_the_environment_forces_a_split() -> None:
         check=True,
     )
     assert ran.stdout.strip() == "units"
+
+
+H200 = {"sms": 132, "shared_per_block": 227 * 1024}
+
+
+@pytest.mark.parametrize(
+    ("cell", "H", "dtype", "units", "blocks"),
+    [
+        ("lstm", 128, "bfloat16", 4, 32),
+        ("lstm", 768, "bfloat16", 8, 96),
+        ("lstm", 1024, "float32", 8, 128),
+        ("gru", 1536, "float16", 12, 128),
+    ],
+)
+def test_persistent_blocks_share_the_units(
+    cell: str, H: int, dtype: str, units: int, blocks: int
+) -> None:
+    plan = _C.schedule(cell, H, dtype, **H200)
+    assert plan["possible"], plan
+    assert (plan["units"], plan["blocks"]) == (units, blocks)
+    assert plan["shared_bytes"] <= H200["shared_per_block"]
+    assert describe_schedule(plan).startswith("stepwise; not persistent: it has not run on a GPU")
+    assert describe_schedule(plan, "persistent") == "persistent: forced"
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "facts", "why"),
+    [
+        (2048, "bfloat16", {}, "the weights do not fit into the shared memory of all SMs"),
+        (100, "float32", {}, "the number of units is no multiple of 16"),
+        (128, "float64", {}, "there is no kernel for float64"),
+        (128, "float32", {"ragged": True}, "the sequences have lengths of their own"),
+        (128, "float32", {"projected": True}, "h is projected"),
+        (128, "float32", {"controlled": True}, "resets, regularisers and all cell states"),
+    ],
+)
+def test_what_is_not_persistent_has_a_reason(
+    H: int, dtype: str, facts: dict[str, bool], why: str
+) -> None:
+    plan = _C.schedule("lstm", H, dtype, **H200, **facts)
+    assert not plan["possible"]
+    assert why in plan["against"]
+    assert describe_schedule(plan) == f"stepwise; not persistent: {plan['against']}"
+
+
+def test_the_log_names_the_schedule_of_a_call_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: (132, 227 * 1024))
+    layer = fused_rnn.LSTM(4, 64)
+    x, sizes = torch.zeros(6, 3, 4), torch.tensor([3, 2, 1])
+    call = functional._Call("lstm", x, None, None, None, [*layer.parameters()], 1, False, False)
+    with caplog.at_level(logging.DEBUG, "fused_rnn.strategy"):
+        functional._log_schedule(call)
+        with fused_rnn.force_schedule("persistent"):
+            functional._log_schedule(call)
+        functional._log_schedule(call._replace(input=x[:, 0], batch_sizes=sizes))
+        functional._log_schedule(call._replace(controls=Controls(zoneout_h=0.1)))
+    plans = [text.partition(": ")[2] for text in caplog.messages]
+    assert plans == [
+        f"stepwise; not persistent: {strategy.NOT_MEASURED} (16 blocks of 4 units)",
+        "persistent: forced",
+        "stepwise; not persistent: the sequences have lengths of their own",
+        "stepwise; not persistent: resets, regularisers and all cell states need a kernel per step",
+    ]
+    assert all(text.startswith("lstm forward H=64: ") for text in caplog.messages)
+
+
+def test_an_unknown_schedule_is_refused_and_the_choice_returns() -> None:
+    with pytest.raises(ValueError, match="stepwise, persistent or None, got 'eager'"):
+        fused_rnn.force_schedule("eager").__enter__()
+    with fused_rnn.force_schedule("persistent"):
+        with fused_rnn.force_schedule(None):
+            assert forced_schedule() is None
+        assert forced_schedule() == "persistent"
+    assert forced_schedule() is None
+
+
+def test_the_environment_forces_a_schedule() -> None:
+    code = "from fused_rnn.strategy import forced_schedule; print(forced_schedule())"
+    assert output_of(code, FUSED_RNN_SCHEDULE="stepwise").strip() == "stepwise"

@@ -20,6 +20,7 @@ CXX = shlex.split(os.environ.get("CXX", "c++"))
 # What a program of tests/emu is made of.
 SOURCES = [ROOT / "csrc" / "core", ROOT / "csrc" / "cells", ROOT / "csrc" / "cuda"]
 SOURCES += [ROOT / "tests" / "emu", ROOT / "tests" / "csrc"]
+BENCHMARK = ROOT / "benchmarks" / "exchange.cu"
 
 
 def nvcc() -> str:
@@ -50,6 +51,7 @@ def headers() -> Path:
 def contents() -> bytes:
     """Everything that a program or kernel can be compiled from."""
     files = sorted(file for folder in SOURCES for file in folder.iterdir() if file.is_file())
+    files.append(BENCHMARK)
     return b"".join(f"\n{file}\n".encode() + file.read_bytes() for file in files)
 
 

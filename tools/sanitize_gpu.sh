@@ -13,6 +13,6 @@ for tool in "${@:-memcheck racecheck initcheck synccheck}"; do
     compute-sanitizer --tool "$one" --error-exitcode 1 --target-processes all \
       --kernel-regex "kns=fused_rnn" \
       "$python" -m pytest -q -x -m gpu tests/test_stepwise.py \
-      -k "(structures or projection or types) and (lstm or gru_reset_before or indrnn_tanh)"
+      -k "(structures or projection or types or persistent) and (lstm or gru_reset_before or indrnn_tanh)"
   done
 done

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cuda/persistent.h"
 #include "../cuda/stepwise.h"
 #include "memory.h"
 #include "stable.h"
@@ -171,11 +172,15 @@ void copy_on_cuda(const void* from, void* to, size_t bytes, int32_t device) {
 
 }  // namespace fused_rnn
 
-// For tests, by ctypes: set cuda::chunk_bytes or cuda::fused_rows and return what it was.
+// For tests, by ctypes: set cuda::chunk_bytes, cuda::fused_rows or cuda::forced_schedule, and
+// return what it was.
 extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_chunk_bytes(int64_t bytes) {
   return std::exchange(fused_rnn::cuda::chunk_bytes, bytes);
 }
 extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_fused_rows(int64_t rows) {
   return std::exchange(fused_rnn::cuda::fused_rows, rows);
+}
+extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_schedule(int64_t schedule) {
+  return fused_rnn::cuda::forced_schedule.exchange(int(schedule));
 }
 #endif

@@ -17,6 +17,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/pressure.h"
 #include "../cpu/strategy.h"
+#include "../cuda/persistent.h"
 #include "direct.h"
 #include "memory.h"
 
@@ -164,15 +165,18 @@ double stream_rate(int64_t bytes, int threads) {
          multiplications_per_second(threads, 1, K, columns);
 }
 
+DType dtype_named(const CellInfo& cell, const std::string& dtype) {
+  for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16})
+    if (dtype == cpu::tag_for(cell, type, {}).dtype) return type;
+  throw py::value_error("there are no kernels for " + dtype);
+}
+
 // How long what `pack` makes of one layer and direction is.
 size_t packed_bytes(const std::string& name, int64_t I, int64_t H, int64_t R, bool projected,
                     const std::string& dtype) {
   const CellInfo& cell = cell_named(name).info;
-  const WeightSizes sizes{I, H, R, projected};
-  for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16})
-    if (dtype == cpu::tag_for(cell, type, sizes).dtype)
-      return cpu::chosen_isa().packing[int(type)].bytes(cell, sizes);
-  throw py::value_error("there are no kernels for " + dtype);
+  const DType type = dtype_named(cell, dtype);
+  return cpu::chosen_isa().packing[int(type)].bytes(cell, {I, H, R, projected});
 }
 
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
@@ -213,6 +217,47 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   result["reason"] = plan.reason;
   result["against"] = against;
   return result;
+}
+
+// Whether the forward scan on a GPU with so many SMs and so much shared memory for a block can be
+// persistent.
+py::dict schedule(const std::string& name, int64_t H, const std::string& dtype, int sms,
+                  int64_t shared_per_block, bool projected, bool ragged, bool controlled) {
+  if (std::min({H, int64_t(sms), shared_per_block}) < 1)
+    throw py::value_error("H, sms and shared_per_block must be at least 1");
+  const CellInfo& cell = cell_named(name).info;
+  ForwardProblem problem;
+  Weights weights;
+  const int64_t some = 0;
+  uint8_t mask = 0;
+  if (projected) weights.hr = &weights;  // only asked whether they are there
+  if (ragged) problem.steps.batch_sizes = &some;
+  if (controlled) problem.reset.data = &mask;
+  problem.H = problem.R = H;
+  problem.weights = &weights;
+  dev::DeviceInfo device;
+  device.sms = sms;
+  device.shared_per_block = size_t(shared_per_block);
+  device.cooperative = true;
+  const cuda::PersistentPlan plan =
+      cuda::plan_persistent(cell, dtype_named(cell, dtype), problem, device);
+  py::dict result;
+  result["possible"] = plan.against == nullptr;
+  result["against"] = plan.against ? plan.against : "";
+  result["units"] = plan.units;
+  result["blocks"] = plan.blocks;
+  result["shared_bytes"] = plan.shared_bytes;
+  return result;
+}
+
+// Forces a schedule on CUDA, or nothing (None); what was forced before.
+std::optional<std::string> force_schedule(const std::optional<std::string>& name) {
+  const auto* const names = cuda::kScheduleNames;
+  const auto* const found = std::find(names, names + cuda::kSchedules, name.value_or(""));
+  if (name && found == names + cuda::kSchedules)
+    throw py::value_error("schedule must be stepwise, persistent or None, got '" + *name + "'");
+  const int before = cuda::forced_schedule.exchange(name ? int(found - names) : -1);
+  return before < 0 ? std::nullopt : std::optional<std::string>(names[before]);
 }
 
 // Forces a split, or nothing (None); what was forced before.
@@ -302,5 +347,9 @@ PYBIND11_MODULE(_C, m) {
       .def("high", &cpu::Pressure::high, py::arg("now"))
       .def("report", &cpu::Pressure::report, py::arg("now"), py::arg("total"), py::arg("lost"));
   m.def("force_split", &force_split, py::arg("split"));
+  m.def("schedule", &schedule, py::arg("cell"), py::arg("H"), py::arg("dtype"), py::kw_only(),
+        py::arg("sms"), py::arg("shared_per_block"), py::arg("projected") = false,
+        py::arg("ragged") = false, py::arg("controlled") = false);
+  m.def("force_schedule", &force_schedule, py::arg("schedule"));
   if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();
 }

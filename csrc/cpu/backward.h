@@ -245,12 +245,17 @@ class BackwardScan : Scan<BackwardProblem> {
     const auto pack = [&](const void* weight, int64_t gates, int64_t units, int64_t columns,
                           Range range, bool shared, W* packed) {
       if (!packed) return;
-      const int64_t rows = packed_rows<W>(gates * pad_units(units));
-      for_panels<A>(1, range.begin, range.end, [&](int64_t column, int vectors) {
-        if (shared && turn++ % member.size != member.index) return;
-        pack_rows(static_cast<const S*>(weight), gates, units, pad_units(units), columns, column,
-                  vectors, packed + column * rows);
-      });
+      const int64_t Hp = pad_units(units), rows = packed_rows<W>(gates * Hp);
+      const int64_t first_turn = turn;
+      for (int64_t g = 0; g < gates; ++g)
+        for (int64_t j = 0; j < Hp; j += kRowsAtOnce) {
+          turn = first_turn;
+          for_panels<A>(1, range.begin, range.end, [&](int64_t column, int vectors) {
+            if (shared && turn++ % member.size != member.index) return;
+            pack_rows(static_cast<const S*>(weight), gates, units, Hp, columns, g, j, column,
+                      vectors, packed + column * rows);
+          });
+        }
     };
     const bool by_units = plan_.split == Split::kUnits;
     const Range columns = by_units ? member.units : Range{0, Rp_};
@@ -392,8 +397,8 @@ class BackwardScan : Scan<BackwardProblem> {
       A* operand = as_it_was + Hp_;
       cell_.saved_operand(at, 0, Hp_, operand);
       copy_row(normed, Hp_, Hp_, d_gains + 2 * gates + Hp_);  // the shift's
-      normalise_backward(GatesInSlots<A>{0, 1, Hp_}, p_.H, operand, gains + 2 * gates, normed,
-                         normed, d_gains + 2 * gates);
+      normalise_backward({0, 1, p_.H, Hp_}, operand, gains + 2 * gates, normed, normed,
+                         d_gains + 2 * gates);
       for (int64_t u = 0; u < Hp_; u += L)
         store(normed + u, load(normed + u) + load(as_it_was + u));
       cell_.operand_backward(at);
@@ -402,9 +407,10 @@ class BackwardScan : Scan<BackwardProblem> {
     A* const dh = info_.sums_gates ? dx : at.gates_h + bias_gate_ * Hp_;
     copy_row(at.gates_x, gates, gates, dx);
     if (!info_.sums_gates) copy_row(at.gates_h, gates, gates, dh);
-    each_norm(GatesInSlots<A>{0, 0, Hp_}, [&](const GatesInSlots<A>& group) {
-      normalise_backward(group, p_.H, raw, gains, dx, at.gates_x, d_gains);
-      normalise_backward(group, p_.H, raw + gates, gains + gates, dh, at.gates_h, d_gains + gates);
+    each_norm([&](int first, int count) {
+      const GatesInSlots<A> group{first, count, p_.H, Hp_};
+      normalise_backward(group, raw, gains, dx, at.gates_x, d_gains);
+      normalise_backward(group, raw + gates, gains + gates, dh, at.gates_h, d_gains + gates);
     });
   }
 
@@ -730,18 +736,25 @@ class BackwardScan : Scan<BackwardProblem> {
   // torch does.
   void sum_rows(const Chunk& chunk, Range units, const A* gates, int count, A* out) const {
     constexpr int64_t kBlock = 8;
+    constexpr int kAtOnce = kUnitPad / L;  // vectors: one of a row alone is less than a line
     for (int g = 0; g < count; ++g)
-      for (int64_t u = units.begin; u < units.end; u += L) {
-        Vector<A> sum{};
+      for (int64_t u = units.begin; u < units.end; u += kUnitPad) {
+        Vector<A> sum[kAtOnce] = {};
         for (int64_t first = 0; first < chunk.rows(); first += kBlock) {
           const int64_t end = first + kBlock < chunk.rows() ? first + kBlock : chunk.rows();
-          Vector<A> block{};
+          Vector<A> block[kAtOnce] = {};
           for (int64_t row = first; row < end; ++row)
-            block += load(gates + row * ldg_ + g * Hp_ + u);
-          sum += block;
+#pragma GCC unroll 8
+            for (int v = 0; v < kAtOnce; ++v)
+              block[v] += load(gates + row * ldg_ + g * Hp_ + u + v * L);
+#pragma GCC unroll 8
+          for (int v = 0; v < kAtOnce; ++v) sum[v] += block[v];
         }
-        A* total = out + g * Hp_ + u;
-        store(total, chunk.is_first ? sum : sum + load(total));
+#pragma GCC unroll 8
+        for (int v = 0; v < kAtOnce; ++v) {
+          A* total = out + g * Hp_ + u + v * L;
+          store(total, chunk.is_first ? sum[v] : sum[v] + load(total));
+        }
       }
   }
 

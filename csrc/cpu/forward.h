@@ -257,10 +257,16 @@ class ForwardScan : Scan<ForwardProblem> {
 
   // A row of products, in panel order, becomes the pre-activations. Keeps what it was in `raw`.
   void normalise_gates(A* row, const A* gain, const A* shift, A* raw) const {
-    each_norm(GatesInPanels<A>{0, 0, G_, Hp_}, [&](const GatesInPanels<A>& gates) {
-      if (raw)
-        gates.each([&](int64_t at, int g, int64_t u) { store(raw + g * Hp_ + u, load(row + at)); });
-      normalise(gates, p_.H, row, gain, shift, row);
+    if (raw)
+      for_panels<A>(G_, 0, Hp_, [&](int64_t unit, int vectors) {
+        for (int g = 0; g < G_; ++g)
+          for (int v = 0; v < vectors; ++v)
+            store(raw + g * Hp_ + unit + v * L, load(row + unit * G_ + (g * vectors + v) * L));
+      });
+    each_norm([&](int first, int count) {
+      with_count(count, [&](auto n) {
+        normalise(GatesInPanels<A, n>{first, p_.H, Hp_, G_}, row, gain, shift, row);
+      });
     });
   }
 
@@ -444,7 +450,7 @@ class ForwardScan : Scan<ForwardProblem> {
       each_tile(m, height, [&](const Tile<A>& tile) { cell_.operand(at, tile); });
       for (int64_t i = m; i < m + height; ++i) {
         A* normed = at.normed + i * at.ld_normed;
-        normalise(GatesInSlots<A>{0, 1, Hp_}, p_.H, normed + Hp_, gain, gain + Hp_, normed);
+        normalise(GatesInSlots<A>{0, 1, p_.H, Hp_}, normed + Hp_, gain, gain + Hp_, normed);
       }
       each_tile(m, height, [&](Tile<A> tile) {
         tile.h = at.normed + m * at.ld_normed + tile.unit;

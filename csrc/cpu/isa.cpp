@@ -53,9 +53,6 @@ const Isa& choose() {
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   if (wanted && !strcasecmp(wanted, "default")) wanted = "baseline";
   int widest = 0;
-  // TODO: take this out when the tests have passed on a processor with AVX512-BF16. Until then it
-  // has to be asked for by its name.
-  while (!std::strcmp(kCompiled[widest]->name, "avx512_bf16")) ++widest;
   for (int i = 0; wanted && i < kCount; ++i)
     if (!strcasecmp(wanted, kCompiled[i]->name)) widest = i;
   while (widest + 1 < kCount && !runs_here(kCompiled[widest]->name)) ++widest;

@@ -6,31 +6,66 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
-// Where the gates [begin, end) of a row stand: each(body) calls body(at, gate, unit) for every
-// vector.
+// A sum over a row is kept in so many parts: one alone would wait for each addition.
+constexpr int kChains = 4;
+
+// Where the gates of a row stand that are normalised together: each(body) calls
+// body(at, valid, chain) for every vector, with how many of its lanes are units, a constant where
+// it is all of them, and the part of a sum that it belongs to.
 template <class A>
 struct GatesInSlots {  // gates of Hp units one after another
-  int begin, end;
-  int64_t Hp;
+  int begin, count;
+  int64_t H, Hp;
+
   template <class Body>
   FUSED_RNN_INLINE void each(Body body) const {
-    for (int g = begin; g < end; ++g)
-      for (int64_t u = 0; u < Hp; u += kLanes<A>) body(g * Hp + u, g, u);
+    constexpr int L = kLanes<A>;
+    for (int g = begin; g < begin + count; ++g) {
+      int64_t u = 0;
+      for (; u + kChains * L <= H; u += kChains * L)
+#pragma GCC unroll 4
+        for (int i = 0; i < kChains; ++i)
+          body(g * Hp + u + i * L, std::integral_constant<int, L>{}, i);
+      for (; u < Hp; u += L) body(g * Hp + u, H - u, 0);
+    }
   }
 };
-template <class A>
+template <class A, int kCount>
 struct GatesInPanels {  // as the packed weights give them
-  int begin, end, gates;
-  int64_t Hp;
+  int begin;
+  static constexpr int count = kCount;
+  int64_t H, Hp;
+  int gates;  // of all
+
   template <class Body>
   FUSED_RNN_INLINE void each(Body body) const {
-    for_panels<A>(gates, 0, Hp, [&](int64_t unit, int vectors) {
-      for (int g = begin; g < end; ++g)
-        for (int v = 0; v < vectors; ++v)
-          body(unit * gates + (g * vectors + v) * kLanes<A>, g, unit + v * kLanes<A>);
-    });
+    constexpr int L = kLanes<A>;
+    constexpr int at_once = count < kChains ? kChains / count : 1;
+    int64_t u = 0;
+    for (; kMaxVectors / gates == 1 && u + at_once * L <= H; u += at_once * L)
+#pragma GCC unroll 4
+      for (int i = 0; i < at_once; ++i)
+#pragma GCC unroll 4
+        for (int g = 0; g < count; ++g)
+          body((u + i * L) * gates + (begin + g) * L, std::integral_constant<int, L>{},
+               i * count + g);
+    const int64_t width = panel_units<A>(gates);
+    for (; u < Hp; u += L) {
+      const int64_t unit = u / width * width, gate = Hp - unit < width ? Hp - unit : width;
+#pragma GCC unroll 4
+      for (int g = 0; g < count; ++g) body(unit * gates + (begin + g) * gate + u - unit, H - u, g);
+    }
   }
 };
+
+// Calls body(count) with the number of gates as a constant.
+template <class Body>
+FUSED_RNN_INLINE void with_count(int count, Body body) {
+  if (count == 4) return body(std::integral_constant<int, 4>{});
+  if (count == 3) return body(std::integral_constant<int, 3>{});
+  if (count == 2) return body(std::integral_constant<int, 2>{});
+  body(std::integral_constant<int, 1>{});
+}
 
 // v in the lanes of units that there are, zero in the padding.
 template <class A>
@@ -53,53 +88,56 @@ FUSED_RNN_INLINE A sum_of_lanes(Vector<A> v) {
 }
 
 template <class A>
-struct Moments : RowMoments<A> {
-  using RowMoments<A>::mean, RowMoments<A>::rstd;
-
-  // Of H units of each gate.
-  template <class Gates>
-  Moments(const Gates& gates, int64_t H, const A* row) {
-    const A count = A(gates.end - gates.begin) * A(H);
-    Vector<A> sum{};
-    gates.each([&](int64_t at, int, int64_t) { sum += load(row + at); });
-    mean = sum_of_lanes<A>(sum) / count;
-    Vector<A> squares{};
-    gates.each([&](int64_t at, int, int64_t u) {
-      const Vector<A> d = only_units<A>(load(row + at) - mean, H - u);
-      squares += d * d;
-    });
-    rstd = rstd_of(sum_of_lanes<A>(squares) / count);
+struct Sum {
+  Vector<A> chains[kChains] = {};
+  FUSED_RNN_INLINE Vector<A> over(A count) const {
+    const Vector<A> sum = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    return sum_of_lanes<A>(sum) / count - Vector<A>{};
   }
 };
 
-// y may be the row itself. Gain and shift stand like the row; its padding must be zero.
 template <class A, class Gates>
-void normalise(const Gates& gates, int64_t H, const A* row, const A* gain, const A* shift, A* y) {
-  const Moments<A> moments(gates, H, row);
-  gates.each([&](int64_t at, int, int64_t) {
+FUSED_RNN_INLINE RowMoments<Vector<A>> moments_of(const Gates& gates, const A* row) {
+  const A count = A(gates.count) * A(gates.H);
+  Sum<A> sum, squares;
+  gates.each([&](int64_t at, auto, int chain)
+                 __attribute__((always_inline)) { sum.chains[chain] += load(row + at); });
+  const Vector<A> mean = sum.over(count);
+  gates.each([&](int64_t at, auto valid, int chain) __attribute__((always_inline)) {
+    const Vector<A> d = only_units<A>(load(row + at) - mean, valid);
+    squares.chains[chain] += d * d;
+  });
+  return {mean, rstd_of(squares.over(count)[0]) - Vector<A>{}};
+}
+
+// y may be the row itself. Gain and shift stand like the row; the padding of all must be zero.
+template <class A, class Gates>
+void normalise(const Gates& gates, const A* row, const A* gain, const A* shift, A* y) {
+  const RowMoments<Vector<A>> moments = moments_of<A>(gates, row);
+  gates.each([&](int64_t at, auto, int) __attribute__((always_inline)) {
     store(y + at, moments.scaled(load(row + at), load(gain + at), load(shift + at)));
   });
 }
 
 // From the gradient of y to that of the row, which may be in the same place, and of the gain.
-template <class A, class Gates>
-void normalise_backward(const Gates& gates, int64_t H, const A* row, const A* gain, const A* dy,
+template <class A>
+void normalise_backward(const GatesInSlots<A>& gates, const A* row, const A* gain, const A* dy,
                         A* d_row, A* d_gain) {
-  const Moments<A> moments(gates, H, row);
-  const A count = A(gates.end - gates.begin) * A(H);
-  Vector<A> sum{}, sum_with{};
-  gates.each([&](int64_t at, int, int64_t) {
+  const RowMoments<Vector<A>> moments = moments_of<A>(gates, row);
+  const A count = A(gates.count) * A(gates.H);
+  Sum<A> sum, sum_with;
+  gates.each([&](int64_t at, auto, int chain) __attribute__((always_inline)) {
     const Vector<A> xhat = moments.normalised(load(row + at)), d = load(dy + at);
     const Vector<A> weighed = d * load(gain + at);
     store(d_gain + at, d * xhat);
-    sum += weighed;
-    sum_with += weighed * xhat;
+    sum.chains[chain] += weighed;
+    sum_with.chains[chain] += weighed * xhat;
   });
-  const A mean = sum_of_lanes<A>(sum) / count, mean_with = sum_of_lanes<A>(sum_with) / count;
-  gates.each([&](int64_t at, int, int64_t u) {
+  const Vector<A> mean = sum.over(count), mean_with = sum_with.over(count);
+  gates.each([&](int64_t at, auto valid, int) __attribute__((always_inline)) {
     const Vector<A> xhat = moments.normalised(load(row + at));
     const Vector<A> d = moments.backward(load(dy + at) * load(gain + at), xhat, mean, mean_with);
-    store(d_row + at, only_units<A>(d, H - u));
+    store(d_row + at, only_units<A>(d, valid));
   });
 }
 

@@ -88,28 +88,30 @@ void pack_transposed(const S* w, int gates, int64_t H, int64_t K, int64_t unit, 
     }
 }
 
-// W[G*H, N], to be used as d W: dst[g*Hp + j, v, lane] = W[g*H + j, column + v*L + lane]; rows H <=
-// j < Hp are zero.
+// W[G*H, N], to be used as d W: dst[g*Hp + j, v, lane] = W[g*H + j, column + v*L + lane] for
+// kRowsAtOnce rows from j = first on; rows H <= j < Hp are zero. A panel's lines of all rows are in
+// few sets of the caches where N is a power of two: who packs a few rows for all panels finds them
+// again.
+constexpr int64_t kRowsAtOnce = 16;
 template <class S>
-void pack_rows(const S* w, int64_t G, int64_t H, int64_t Hp, int64_t N, int64_t column, int vectors,
-               Packed<S>* dst) {
+void pack_rows(const S* w, int64_t G, int64_t H, int64_t Hp, int64_t N, int64_t g, int64_t first,
+               int64_t column, int vectors, Packed<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   constexpr int depth = kDepth<Packed<S>>;
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t j = 0; j < Hp; j += depth)
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t n = column + v * L;
-        const PanelVector out(dst, G * Hp / depth, vectors, v, L);
-        const auto row = [&](int64_t i) {
-          return i < H ? load_partial(w + (g * H + i) * N + n, N - n) : Vector<A>{};
-        };
-        Packed<S>* to = out.data + (g * Hp + j) / depth * out.stride;
-        if constexpr (depth == 2)
-          store_pairs(to, row(j), row(j + 1));
-        else
-          store(to, row(j));
-      }
+  for (int64_t j = first; j < first + kRowsAtOnce; j += depth)
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t n = column + v * L;
+      const PanelVector out(dst, G * Hp / depth, vectors, v, L);
+      const auto row = [&](int64_t i) {
+        return i < H ? load_partial(w + (g * H + i) * N + n, N - n) : Vector<A>{};
+      };
+      Packed<S>* to = out.data + (g * Hp + j) / depth * out.stride;
+      if constexpr (depth == 2)
+        store_pairs(to, row(j), row(j + 1));
+      else
+        store(to, row(j));
+    }
 }
 
 // A vector of per-gate values [gates*H] in the order of the panels; null gives zeros.

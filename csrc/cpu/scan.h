@@ -155,15 +155,12 @@ class Scan {
 
   bool has_c() const { return info_.states > 1; }
 
-  // Calls body(gates) for those that are normalised together.
-  template <class Gates, class Body>
-  void each_norm(Gates gates, Body body) const {
-    const int borders[] = {0, info_.norm_gates, info_.gates};
-    for (int i = 0; i < 2; ++i) {
-      gates.begin = borders[i];
-      gates.end = borders[i + 1];
-      if (gates.begin < gates.end) body(gates);
-    }
+  // Calls body(first gate, count) for those that are normalised together.
+  template <class Body>
+  void each_norm(Body body) const {
+    const int first = info_.norm_gates, others = info_.gates - first;
+    body(0, first);
+    if (others) body(first, others);
   }
 
   // Of a member's units those that it holds of h: with a projection, all that h has.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "norm_kernels.cuh"
+#include "persistent_kernels.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -12,21 +13,6 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 4) void forward_step(ForwardS
     forward_unit<Cell>(
         s, b, u, [&](int g) { return s.gates_h[(b * (Cell::kGates - F) + g - F) * s.H + u]; });
   });
-}
-
-// Calls body(pointer) with the storage type of the data.
-template <class A, class Body>
-FUSED_RNN_DEVICE void with_type(DType type, const void* data, Body body) {
-  if constexpr (sizeof(A) == sizeof(double)) {
-    body(static_cast<const double*>(data));
-  } else {
-    if (type == DType::kBFloat16)
-      body(static_cast<const dev::bfloat16*>(data));
-    else if (type == DType::kFloat16)
-      body(static_cast<const dev::half*>(data));
-    else
-      body(static_cast<const float*>(data));
-  }
 }
 
 // Warps of a block: forward they have units of their own, backward parts of one long sum.
@@ -160,6 +146,8 @@ void fill_launches(CellLaunches<A>& cell) {
       return dev::launch<fused_backward_step<Cell, A>>(
           over_units(s.H, dev::kWarp, kBackwardWarps, shared), stream, s);
     };
+    if constexpr (sizeof(A) == sizeof(float) && has_persistent(Cell::kName))
+      cell.persistent_forward = launch_persistent<Cell, A>;
   }
   if constexpr (kTwoProducts<Cell>) {
     cell.operand = [](const ForwardStep<A>& s, dev::Stream stream) {

@@ -44,6 +44,21 @@ FUSED_RNN_DEVICE A round_to(DType type, A value) {
   return value;
 }
 
+// Calls body(pointer) with the storage type of the data.
+template <class A, class Body>
+FUSED_RNN_DEVICE void with_type(DType type, const void* data, Body body) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    body(static_cast<const double*>(data));
+  } else {
+    if (type == DType::kBFloat16)
+      body(static_cast<const dev::bfloat16*>(data));
+    else if (type == DType::kFloat16)
+      body(static_cast<const dev::half*>(data));
+    else
+      body(static_cast<const float*>(data));
+  }
+}
+
 // The same of a tensor that may not be there, which is zeros.
 template <class A>
 FUSED_RNN_DEVICE A load_or_zero(DType type, const void* data, int64_t i) {

@@ -134,6 +134,16 @@ FUSED_RNN_DEVICE int cluster_rank() {
   return 0;
 #endif
 }
+FUSED_RNN_DEVICE int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+#else
+  __trap();
+  return 1;
+#endif
+}
 // Where the block of this rank in the cluster has what `p` is here. No block of a cluster may end
 // while another reads from it.
 template <class T>
@@ -146,6 +156,93 @@ FUSED_RNN_DEVICE T* cluster_shared(T* p, int rank) {
   __trap();
   return p;
 #endif
+}
+
+// Barriers in shared memory that count arrivals and bytes, and stores into the shared memory of
+// another block of the cluster that are counted there. A phase ends when all its arrivals and all
+// bytes it expects are there, and the next one begins. Before sm_90 as clusters.
+
+// By one thread of the block, before a sync_cluster() of all.
+FUSED_RNN_DEVICE void phase_init([[maybe_unused]] uint64_t* barrier,
+                                 [[maybe_unused]] int arrivals) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned at = unsigned(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n\t"
+      "fence.mbarrier_init.release.cluster;" ::"r"(at),
+      "r"(arrivals)
+      : "memory");
+#else
+  __trap();
+#endif
+}
+// Arrives, and has the phase expect so many bytes more.
+FUSED_RNN_DEVICE void phase_expect([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned at = unsigned(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(at),
+               "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+// Whether the phase has ended: the first, third, ... have parity 0. May wait a little. What the
+// counted stores wrote is seen by whoever is told so.
+FUSED_RNN_DEVICE bool phase_done([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] int parity) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned at = unsigned(__cvta_generic_to_shared(barrier));
+  unsigned done;
+  asm volatile(
+      "{\n\t"
+      ".reg .pred p;\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, p;\n\t"
+      "}"
+      : "=r"(done)
+      : "r"(at), "r"(parity)
+      : "memory");
+  return done != 0;
+#else
+  __trap();
+  return true;
+#endif
+}
+// v goes to where the block of this rank in the cluster has what `p` is here, some time before the
+// phase of its `barrier` ends that counts it. T has 4 or 8 bytes.
+template <class T>
+FUSED_RNN_DEVICE void store_async([[maybe_unused]] T* p, [[maybe_unused]] T v,
+                                  [[maybe_unused]] uint64_t* barrier, [[maybe_unused]] int rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+#if __CUDA_ARCH__ >= 900
+  unsigned to, at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(unsigned(__cvta_generic_to_shared(p))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(at)
+      : "r"(unsigned(__cvta_generic_to_shared(barrier))), "r"(rank));
+  if constexpr (sizeof(T) == 4) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+        "r"(__builtin_bit_cast(uint32_t, v)), "r"(at)
+        : "memory");
+  } else {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
+        "l"(__builtin_bit_cast(uint64_t, v)), "r"(at)
+        : "memory");
+  }
+#else
+  __trap();
+#endif
+}
+
+// Of a clock that all blocks share; it may stand still for a microsecond.
+FUSED_RNN_DEVICE uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
 }
 
 // Warp collectives. They order no memory accesses: that takes sync_warp. T has 4 or 8 bytes. All
@@ -396,6 +493,27 @@ Status blocks_per_sm(int threads, size_t shared_bytes, int* blocks) {
   return status_of(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes),
       "occupancy");
+}
+
+// How many clusters of such a launch the current device holds at a time.
+template <auto kKernel>
+Status active_clusters(const LaunchConfig& config, int* clusters) {
+  *clusters = 0;
+  const void* kernel = reinterpret_cast<const void*>(kKernel);
+  if (Status status = allow(kernel, config.shared_bytes, config.cluster); !status.ok()) {
+    return status;
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(config.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t c = {};
+  c.gridDim = dim3(unsigned(config.grid.x));
+  c.blockDim = dim3(unsigned(config.block.x));
+  c.dynamicSmemBytes = config.shared_bytes;
+  c.attrs = &attribute;
+  c.numAttrs = 1;
+  return status_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &c), "clusters");
 }
 
 // Starts the kernel on the stream of the current device and does not wait. Arguments are converted

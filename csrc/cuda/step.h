@@ -101,6 +101,18 @@ struct ForwardStep {
   A* normed;  // [rows, H]: the operand of a norm
 };
 
+// Steps of one dense batch, one after another in a single launch: the first of them, and how far it
+// is from each to the next. Its sequences have no more than h, c and an output.
+template <class A>
+struct ForwardSteps {
+  ForwardStep<A> first;
+  int64_t count;
+  bool ends;                  // the sequences, with the last of these steps
+  int64_t gates_x, y, saved;  // elements
+  int units, blocks, gate_rows;
+  size_t shared_bytes;  // all as in PersistentPlan
+};
+
 // What backward knows of the gradients of the states after a step: they come from the outputs of
 // that step, and from the step walked before.
 template <class A>
@@ -176,6 +188,8 @@ struct CellLaunches {
   // For at most kFusedRows rows, with the product; null for a cell that has not just that one.
   dev::Status (*fused_forward)(const ForwardStep<A>&, dev::Stream);
   dev::Status (*fused_backward)(const BackwardStep<A>&, dev::Stream);
+  // All steps in one launch; null where there is no such kernel, and see plan_persistent.
+  dev::Status (*persistent_forward)(const ForwardSteps<A>&, dev::Stream);
   dev::Status (*operand)(const ForwardStep<A>&, dev::Stream);  // null for a cell with one product
   dev::Status (*backward)(const BackwardStep<A>&, dev::Stream);
   dev::Status (*operand_backward)(const BackwardStep<A>&, dev::Stream);

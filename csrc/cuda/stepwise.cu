@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../core/arena.h"
+#include "persistent.h"
 #include "row_kernels.cuh"
 
 namespace fused_rnn::cuda {
@@ -20,6 +21,19 @@ void check(const dev::Status& status) {
 
 int64_t size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
+// Asked for once: it takes a millisecond.
+const dev::DeviceInfo& this_device() {
+  thread_local int known = -1;
+  thread_local dev::DeviceInfo info;
+  int device = 0;
+  check(dev::current_device(&device));
+  if (device != known) {
+    check(dev::device_info(device, &info));
+    known = device;
+  }
+  return info;
 }
 
 // What forward and backward share: sizes, and where rows stand.
@@ -220,7 +234,14 @@ class ForwardScan : Scan<ForwardProblem> {
  public:
   ForwardScan(const CellLaunches<A>& cell, DType type, const ForwardProblem& problem,
               const Device& device)
-      : Scan(cell.info, type, problem, device), cell_(cell) {}
+      : Scan(cell.info, type, problem, device), cell_(cell) {
+    if (forced_schedule != int(Schedule::kPersistent)) return;
+    plan_ = plan_persistent(cell.info, type, problem, this_device());
+    if (plan_.against)
+      throw std::runtime_error(std::string("fused_rnn: the schedule 'persistent' is forced, but ") +
+                               plan_.against);
+    persistent_ = true;
+  }
 
   void lay_out(Arena& arena) {
     lay_out_maps(arena);
@@ -288,7 +309,7 @@ class ForwardScan : Scan<ForwardProblem> {
                                      steps_.rows(0),
                                      state_rows(p_.h_n, plane, p_.R),
                                      state_rows(p_.c_n, plane, p_.H)});
-    int parity = 0;
+    int parity = 0;  // of the steps so far
     for_chunks(d == 0, [&](const Chunk& chunk) {
       const Matrix x = input_rows(task.input, task.I, chunk, staged_);
       multiply(x, matrix(task.weights.ih, G_ * p_.H, task.I).t(),
@@ -296,6 +317,11 @@ class ForwardScan : Scan<ForwardProblem> {
       if (info_.norm_gates)
         check(cell_.normalise(normed_rows(task, false, gates_x_, chunk.row, chunk.rows),
                               device_.stream));
+      if (persistent_) {
+        all_steps(task, chunk, parity);
+        parity = int((parity + chunk.count) % 2);
+        return;
+      }
       for (int64_t i = 0; i < chunk.count; ++i)
         step(task, chunk, d == 0 ? chunk.first + i : chunk.first + chunk.count - 1 - i,
              std::exchange(parity, 1 - parity));
@@ -365,6 +391,24 @@ class ForwardScan : Scan<ForwardProblem> {
     return s;
   }
 
+  // Those of a chunk in one launch.
+  void all_steps(const Task& task, const Chunk& chunk, int parity) const {
+    const int64_t forwards = task.d == 0 ? 1 : -1;
+    ForwardSteps<A> s{};
+    s.first =
+        step_at(task, chunk, task.d == 0 ? chunk.first : chunk.first + chunk.count - 1, parity);
+    s.count = chunk.count;
+    s.ends = chunk.is_last;
+    s.gates_x = forwards * steps_.B * G_ * p_.H;
+    s.y = forwards * (task.output.packed ? steps_.B * task.output.stride_b : task.output.stride_t);
+    s.saved = forwards * steps_.B * slots_ * Hp_;
+    s.units = plan_.units;
+    s.blocks = plan_.blocks;
+    s.gate_rows = plan_.gate_rows;
+    s.shared_bytes = plan_.shared_bytes;
+    check(cell_.persistent_forward(s, device_.stream));
+  }
+
   void step(const Task& task, const Chunk& chunk, int64_t t, int parity) const {
     const ForwardStep<A> s = step_at(task, chunk, t, parity);
     const Weights& w = task.weights;
@@ -387,6 +431,8 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   const CellLaunches<A>& cell_;
+  PersistentPlan plan_;
+  bool persistent_ = false;
   char* h_[2];       // S [B, R]: read at one step, written at the next
   char* masked_[2];  // S [B, R]
   A* c_;             // [B, H]

@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         help="numbers of threads",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: against torch.nn only")
+    add(
+        "--schedule",
+        choices=("stepwise", "persistent"),
+        help="of the forward scans on a GPU; shapes that cannot be persistent are stepwise "
+        "(default: the library's choice)",
+    )
     add("--dtype", choices=DTYPES, default="float32", help="of input and weights")
     add("--budget", type=float, default=1.0, metavar="SECONDS", help="time per measurement")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
@@ -147,6 +153,8 @@ class Plan(NamedTuple):
 def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
     """What is to be measured, or why it cannot be."""
     dtype, budget, threads = options.dtype, options.budget, options.threads
+    if options.schedule and options.device != "cuda":
+        return "a schedule is for a GPU: --device cuda"
     if options.device == "cuda":
         if not torch.cuda.is_available():
             return "torch finds no GPU here"
@@ -157,7 +165,7 @@ def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
         if FROZEN in options.mode:
             return "frozen layers run on the CPU"
         jobs = measure.jobs(shapes, options.mode, options.peer)
-        outcomes = measure.measure_all(jobs, [1], dtype, budget, "cuda")
+        outcomes = measure.measure_all(jobs, [1], dtype, budget, "cuda", options.schedule)
         return Plan(Result, len(jobs), outcomes)
     of_one_peer = options.memory or options.suite == "conditions"
     if of_one_peer and options.peer != [TORCH]:
@@ -201,6 +209,7 @@ def selection(options: argparse.Namespace) -> str:
     words += ["memory"] if options.memory else ()
     words += options.mode if set(options.mode) != set(MODES) else ()
     words += ["cuda"] if options.device == "cuda" else ()
+    words += [options.schedule] if options.schedule else ()
     words += [options.dtype] if options.dtype != "float32" else ()
     words += ["filtered"] if options.filter else ()
     return "-".join(words)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import ops
+from fused_rnn import ops, strategy
 from fused_rnn.bench import peers, roof, sides, work
 from fused_rnn.bench.shapes import Shape
 
@@ -53,6 +53,7 @@ class Result:
     max_abs_diff: float
     max_rel_diff: float
     roof_ms: float = math.nan  # the least time, by roof.py; unknown in older files
+    schedule: str = ""  # of our forward scan on a GPU; unknown in older files
 
     @property
     def of_roof(self) -> float:
@@ -74,7 +75,12 @@ def jobs(shapes: Sequence[Shape], modes: Sequence[str], against: Sequence[str]) 
 
 
 def measure_all(
-    jobs: Sequence[Job], threads: Sequence[int], dtype: str, budget: float, device: str = "cpu"
+    jobs: Sequence[Job],
+    threads: Sequence[int],
+    dtype: str,
+    budget: float,
+    device: str = "cpu",
+    schedule: str | None = None,
 ) -> Iterator[Result | DisagreementError]:
     """Measures every job with each number of threads, in the order of `jobs`."""
     for count in threads:
@@ -91,7 +97,7 @@ def measure_all(
             mine = list(group)
             pairs = [(shape, mode) for shape, mode, _ in mine]
             if peer in _IN_ONE_PROCESS:
-                outcomes = _in_one_process(peer, pairs, count, dtype, budget, device)
+                outcomes = _in_one_process(peer, pairs, count, dtype, budget, device, schedule)
             else:
                 outcomes = _in_two_processes(peer, pairs, count, dtype, budget)
             for job, outcome in zip(mine, outcomes, strict=True):
@@ -107,23 +113,45 @@ def _in_one_process(
     dtype: str,
     budget: float,
     device: str,
+    schedule: str | None,
 ) -> Iterator[Result | DisagreementError]:
     """Against torch.nn, or ours: all of these run on the one thread pool of torch."""
     with sides.process(threads) as worker:
         for shape, mode in pairs:
             with sides.named(f"{shape.label}, {mode}"):
-                arguments = peer, shape, mode, dtype, budget, device
+                arguments = peer, shape, mode, dtype, budget, device, schedule
                 outcome = worker.submit(_outcome, *arguments).result()
             yield outcome
 
 
 def _outcome(
-    peer: str, shape: Shape, mode: str, dtype: str, budget: float, device: str
+    peer: str,
+    shape: Shape,
+    mode: str,
+    dtype: str,
+    budget: float,
+    device: str,
+    schedule: str | None,
 ) -> Result | DisagreementError:
     try:
-        return measure(shape, mode, dtype, budget, peer=peer, device=device)
+        if device == "cpu":
+            return measure(shape, mode, dtype, budget, peer=peer)
+        taken = possible_schedule(shape, dtype, schedule)
+        with strategy.force_schedule(taken):
+            result = measure(shape, mode, dtype, budget, peer=peer, device=device)
+        return replace(result, schedule=taken)
     except DisagreementError as error:
         return error
+
+
+def possible_schedule(shape: Shape, dtype: str, wanted: str | None) -> str:
+    """What our forward scan has on this GPU: what is wanted where it can, or else stepwise."""
+    if wanted != "persistent":
+        return "stepwise"
+    cell = shape.family.lower().replace("rnn", "rnn_tanh")
+    gpu = torch.cuda.current_device()
+    plan = strategy.persistent_on(gpu, cell, shape.H, getattr(torch, dtype), ragged=shape.packed)
+    return "persistent" if plan["possible"] else "stepwise"
 
 
 def measure(

@@ -172,7 +172,8 @@ def measurements(results: Iterable[Result]) -> list[Table]:
         table = tables.setdefault((r.threads, r.mode, r.peer), Table(title, header, []))
         speedup = f"{r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}]"
         of_roof = known(r.of_roof, ".0%")
-        table.rows.append((r.shape.label, _ms(r.peer_ms), _ms(r.fused_ms), speedup, of_roof))
+        label = ", ".join(filter(None, (r.shape.label, r.schedule)))
+        table.rows.append((label, _ms(r.peer_ms), _ms(r.fused_ms), speedup, of_roof))
     return [tables[key] for key in sorted(tables, key=lambda key: key[:2])]
 
 

@@ -178,6 +178,76 @@ void clusters() {
   }
 }
 
+// In rounds, each block sends a row of words and a row of pairs to all of its cluster, and adds up
+// what it got. The phases of two barriers take turns.
+template <int kBlock>
+struct Mail {
+  uint64_t phases[2];
+  uint64_t pairs[2][16 * kBlock];
+  float words[2][16 * kBlock];
+};
+
+template <int kBlock>
+FUSED_RNN_KERNEL void send_in_cluster(float* y, uint64_t* clock, int rounds) {
+  auto* mail = shared<Mail<kBlock>>();
+  const int t = thread_rank(), b = block_index().x, mine = cluster_rank() * kBlock + t;
+  const int size = cluster_size(), bytes = size * kBlock * int(sizeof(uint64_t) + sizeof(float));
+  const uint64_t begin = nanoseconds();
+  if (t == 0)
+    for (uint64_t& phase : mail->phases) phase_init(&phase, 2);
+  sync_cluster();
+  float sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round % 2;
+    uint64_t* phase = mail->phases + i;
+    if (t < 2) phase_expect(phase, bytes / 2);
+    for (int to = 0; to < size; ++to) {
+      store_async(&mail->words[i][mine], float(b + t + to), phase, to);
+      store_async(&mail->pairs[i][mine], uint64_t(round) << 40, phase, to);
+    }
+    while (!phase_done(phase, round / 2 % 2)) continue;
+    for (int from = 0; from < size; ++from)
+      sum += mail->words[i][from * kBlock + t] + float(mail->pairs[i][from * kBlock + t] >> 40);
+    sync_block();
+  }
+  y[b * kBlock + t] = sum;
+  if (t == 0) clock[b] = nanoseconds() - begin;
+  sync_cluster();
+}
+
+void phases() {
+  DeviceInfo device;
+  must(device_info(0, &device));
+  if (!device.clusters) {
+    std::printf("  (this device has no clusters)\n");
+    return;
+  }
+  constexpr int kBlock = 40, rounds = 5;
+  for (const int size : {2, 4, 8}) {
+    const int blocks = 2 * size;
+    Buffer<float> y(size_t(blocks * kBlock), -1);
+    Buffer<uint64_t> clock(size_t(blocks), 0);
+    const LaunchConfig config{
+        .grid = {blocks}, .block = {kBlock}, .shared_bytes = sizeof(Mail<kBlock>), .cluster = size};
+    int held = 0;
+    started(active_clusters<send_in_cluster<kBlock>>(config, &held));
+    that(held >= 2, "%d clusters of %d", held, size);
+    started(launch<send_in_cluster<kBlock>>(config, nullptr, y.data(), clock.data(), rounds));
+    std::vector<float> wanted;
+    for (int i = 0; i < blocks * kBlock; ++i) {
+      const int b = i / kBlock, first = b / size * size;
+      float sum = 0;
+      for (int round = 0; round < rounds; ++round)
+        for (int from = 0; from < size; ++from)
+          sum += float(first + from + i % kBlock + b % size + round);
+      wanted.push_back(sum);
+    }
+    equal("sum", y.host(), wanted);
+    for (const uint64_t passed : clock.host())
+      that(passed < 10'000'000'000u, "%llu nanoseconds", (unsigned long long)passed);
+  }
+}
+
 // Warp collectives.
 
 template <class T>
@@ -676,6 +746,7 @@ const struct {
     {"sync_warp", warp_barrier},
     {"sync_grid", grid_barrier},
     {"sync_cluster", clusters},
+    {"phases", phases},
     {"shuffle", shuffle_words},
     {"ballot", ballot_words},
     {"copy_async", copies},

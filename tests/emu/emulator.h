@@ -31,6 +31,9 @@ enum class Order { kForward, kReverse, kEager, kRandom };
 struct Options {
   Order order = Order::kForward;
   uint64_t seed = 0;
+  // A barrier that nobody waits at, by the place of its call: of the places of all launches so far
+  // the one that was come to after so many others. For showing that what a kernel has is needed.
+  int without = -1;
   DeviceInfo device = {
       .name = "emulator",
       .capability = 90,
@@ -60,6 +63,7 @@ struct Thread {
   Index thread, block, block_size, grid;
   int rank = 0;  // in the block
   int cluster_rank = 0;
+  int cluster_size = 1;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
 };
@@ -138,6 +142,9 @@ FUSED_RNN_DEVICE void sync_warp(unsigned mask = kFullWarp,
 
 FUSED_RNN_DEVICE int cluster_rank() {
   return emu::current->cluster_rank;
+}
+FUSED_RNN_DEVICE int cluster_size() {
+  return emu::current->cluster_size;
 }
 template <class T>
 FUSED_RNN_DEVICE T* cluster_shared(T* p, int rank, emu::Where where = emu::Where::current()) {
@@ -354,6 +361,63 @@ FUSED_RNN_DEVICE uint32_t add_acq_rel(uint32_t* p, uint32_t v) {
   return emu::add(p, v, __ATOMIC_ACQ_REL);
 }
 
+// Phases: a word with the parity, the arrivals that are missing, those of a phase, and the bytes
+// that are missing, which may be fewer than none for a while.
+
+namespace emu {
+
+struct Phase {
+  uint64_t parity : 1, missing : 12, arrivals : 12, bytes : 39;
+};
+static_assert(sizeof(Phase) == sizeof(uint64_t));
+
+template <class Change>
+FUSED_RNN_INLINE void change_phase(uint64_t* barrier, Change change) {
+  Phase phase = __builtin_bit_cast(Phase, __atomic_load_n(barrier, __ATOMIC_RELAXED));
+  change(phase);
+  if (phase.missing == 0 && phase.bytes == 0) {
+    phase.parity = !phase.parity;
+    phase.missing = phase.arrivals;
+  }
+  __atomic_exchange_n(barrier, __builtin_bit_cast(uint64_t, phase), __ATOMIC_ACQ_REL);
+}
+
+}  // namespace emu
+
+FUSED_RNN_DEVICE void phase_init(uint64_t* barrier, int arrivals) {
+  const uint64_t n = uint64_t(arrivals);
+  *barrier = __builtin_bit_cast(uint64_t, emu::Phase{0, n, n, 0});
+}
+FUSED_RNN_DEVICE void phase_expect(uint64_t* barrier, int bytes,
+                                   emu::Where where = emu::Where::current()) {
+  emu::change_phase(barrier, [&](emu::Phase& phase) {
+    if (phase.missing == 0) emu::fail("phase_expect: more arrivals than a phase has", where);
+    phase.bytes += uint64_t(bytes);
+    --phase.missing;
+  });
+  emu::pass(false);
+}
+FUSED_RNN_DEVICE bool phase_done(uint64_t* barrier, int parity) {
+  emu::pass(true);
+  const uint64_t now = __atomic_load_n(barrier, __ATOMIC_ACQUIRE);
+  return __builtin_bit_cast(emu::Phase, now).parity != unsigned(parity);
+}
+template <class T>
+FUSED_RNN_DEVICE void store_async(T* p, T v, uint64_t* barrier, int rank,
+                                  emu::Where where = emu::Where::current()) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  *cluster_shared(p, rank, where) = v;
+  emu::change_phase(cluster_shared(barrier, rank, where),
+                    [](emu::Phase& phase) { phase.bytes -= sizeof(T); });
+}
+
+// Ten microseconds further at each call.
+FUSED_RNN_DEVICE uint64_t nanoseconds() {
+  static uint64_t now = 0;
+  emu::pass(true);
+  return __atomic_add_fetch(&now, 10000, __ATOMIC_RELAXED);
+}
+
 // The host's side: one device, and every launch is over when it returns.
 
 inline Status device_count(int* count) {
@@ -371,6 +435,13 @@ inline Status device_info(int, DeviceInfo* info) {
 template <auto kKernel>
 Status blocks_per_sm(int threads, size_t shared_bytes, int* blocks) {
   *blocks = emu::blocks_per_sm(threads, shared_bytes);
+  return {};
+}
+
+template <auto kKernel>
+Status active_clusters(const LaunchConfig& config, int* clusters) {
+  *clusters = emu::blocks_per_sm(config.block.x, config.shared_bytes) * emu::options().device.sms /
+              config.cluster;
   return {};
 }
 

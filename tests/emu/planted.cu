@@ -116,6 +116,25 @@ FUSED_RNN_KERNEL void block_ends_before_its_readers(float* y) {
   if (!bug) sync_cluster();
 }
 
+// Counted stores are seen when their phase has ended.
+template <bool bug>
+FUSED_RNN_KERNEL void read_before_phase_ends(float* y) {
+  uint64_t* phase = shared<uint64_t>();
+  float* s = reinterpret_cast<float*>(phase + 1);
+  const int t = thread_rank(), b = block_index().x, n = block_size().x;
+  if (t == 0) {
+    phase_init(phase, 1);
+    phase_expect(phase, n * int(sizeof(float)));
+  }
+  sync_cluster();
+  store_async(s + t, float(b * n + t), phase, cluster_rank() ^ 1);
+  if (!bug)
+    while (!phase_done(phase, 0)) continue;
+  sync_block();
+  y[b * n + t] = s[t];
+  sync_cluster();
+}
+
 enum class FlagBug { kNone, kRelaxedStore, kRelaxedLoad, kFlagFirst, kNeverSet };
 
 // Block 0 hands a row to the others.
@@ -461,7 +480,7 @@ bool in_clusters(const Expected& expected) {
   Buffer<float> y(kBlocks * kThreads, kNaN);
   const LaunchConfig config{.grid = {kBlocks},
                             .block = {kThreads},
-                            .shared_bytes = kThreads * sizeof(float),
+                            .shared_bytes = sizeof(uint64_t) + kThreads * sizeof(float),
                             .cluster = 2};
   return started(launch<kKernel>(config, nullptr, y.data())) && agrees(y.host(), expected);
 }
@@ -589,6 +608,8 @@ const Case kCases[] = {
                 kBlocks, [](int b) { return over_steps((b + 1) % kBlocks, 4); })),
     PLANTED(read_before_sync_cluster, plain tsan,
             in_clusters<read_before_sync_cluster<bug>>(other_of_cluster)),
+    PLANTED(read_before_phase_ends, plain tsan,
+            in_clusters<read_before_phase_ends<bug>>(other_of_cluster)),
     PLANTED(block_ends_before_its_readers, asan,
             in_clusters<block_ends_before_its_readers<bug>>(other_of_cluster)),
     PLANTED(relaxed_store, tsan,

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cells/registry.h"
+#include "cuda/persistent.h"
 #include "cuda/platform.cuh"
 
 namespace fused_rnn::cuda {
@@ -136,9 +137,9 @@ class Host {
 
 struct Options {
   const char* name;
-  int64_t H = 9, layers = 1, dirs = 1;
+  int64_t B = 3, H = 9, layers = 1, dirs = 1;
   bool projection = false, ragged = false, reset = false, zoneout = false, h_mask = false,
-       candidate_mask = false, all_c = false;
+       candidate_mask = false, all_c = false, persistent = false;
 };
 
 constexpr Options kOptions[] = {
@@ -154,11 +155,15 @@ constexpr Options kOptions[] = {
      .candidate_mask = true,
      .all_c = true},
     {.name = "regularised projection", .projection = true, .reset = true, .zoneout = true},
+    // Forward only: three blocks, the last with fewer units, and more rows than are multiplied at a
+    // time.
+    {.name = "persistent", .B = 20, .H = 32, .dirs = 2, .persistent = true},
 };
 
-std::string run(const CellInfo& cell, DType type, const Options& o, const char* what) {
-  constexpr int64_t T = 4, B = 3, I = 5;
-  const int64_t H = o.H;
+std::string run(const CellInfo& cell, DType type, const Options& o, const char* what,
+                bool backward = true) {
+  constexpr int64_t T = 4, I = 5;
+  const int64_t B = o.B, H = o.H;
   const DType sum = type == DType::kFloat64 ? type : DType::kFloat32;
   const int64_t G = cell.gates, R = o.projection ? 4 : H, D = o.dirs, planes = o.layers * D;
   const int64_t batch_sizes[] = {3, 3, 2, 1}, offsets[] = {0, 3, 6, 8}, lengths[] = {4, 3, 2};
@@ -226,6 +231,7 @@ std::string run(const CellInfo& cell, DType type, const Options& o, const char* 
   if (o.all_c && cell.states > 1) f.all_c = output("all_c", D * H);
   f.saved = host.poisoned(size_t(planes * f.steps.N * slots * pad_units(H) * bytes_of(sum)));
   stepwise_forward(cell.name, type, f, host.device);
+  if (!backward) return host.results(what);
 
   BackwardProblem b;
   static_cast<Stack&>(b) = f;
@@ -268,9 +274,13 @@ int run_all() {
     for (const DType type : kTypes) {
       for (const Options& o : kOptions) {
         if (o.projection && (cell.states < 2 || !cell.recurrent)) continue;
+        if (o.persistent && !has_persistent(cell.name)) continue;
+        forced_schedule = o.persistent ? int(Schedule::kPersistent) : -1;
         for (const int64_t fused : {int64_t(0), int64_t(8)}) {
+          if (o.persistent && fused) continue;
           fused_rows = fused;
           chunk_bytes = o.reset ? 1 : int64_t(1) << 20;  // one step, or all
+          if (o.persistent) chunk_bytes = 3 * o.B * cell.gates * o.H * int64_t(sizeof(float));
           const std::string what = std::string(cell.name) + " " + o.name +
                                    (type == DType::kFloat32 ? " float32" : " bfloat16") +
                                    (fused ? " fused" : "");
@@ -279,7 +289,7 @@ int run_all() {
           std::string first;
           for (const char* wish : kOrders) {
             dev::emu::set_order(wish);
-            std::string bits = run(cell, type, o, what.c_str());
+            std::string bits = run(cell, type, o, what.c_str(), !o.persistent);
             if (first.empty()) first = bits;
             if (!bits.empty() && bits == first) continue;
             std::printf("FAILED: %s in the order %s\n", what.c_str(), wish);
@@ -294,9 +304,29 @@ int run_all() {
   return failures != 0;
 }
 
+// The persistent kernel with one of its barriers left out; 0 where nobody notices.
+int run_without(int barrier) {
+  constexpr CellInfo cell = info_of<LSTM>();
+  constexpr Options o{.name = "without a barrier", .B = 20, .H = 32, .persistent = true};
+  forced_schedule = int(Schedule::kPersistent);
+  const std::string right = run(cell, DType::kFloat32, o, o.name, false);
+  dev::emu::options().without = barrier;
+  for (const char* wish : kOrders) {
+    dev::emu::set_order(wish);
+    if (run(cell, DType::kFloat32, o, o.name, false) == right) continue;
+    std::printf("in the order %s results differ\n", wish);
+    return 1;
+  }
+  return right.empty();
+}
+
 }  // namespace
 }  // namespace fused_rnn::cuda
 
-int main() {
+// Without arguments all; "without N": the persistent kernel without its Nth barrier.
+int main(int count, char** arguments) {
+  fused_rnn::dev::emu::options().device.sms = 3;
+  if (count == 3 && std::strcmp(arguments[1], "without") == 0)
+    return fused_rnn::cuda::run_without(std::atoi(arguments[2]));
   return fused_rnn::cuda::run_all();
 }
