@@ -197,6 +197,7 @@ def test_persistent_inference_is_forward(cell: str, backend: Backend) -> None:
         ("gru", {"reset": 0.3}, "need a kernel per step"),
         ("lstm", {"zoneout": "shares"}, "need a kernel per step"),
         ("lstm", {"h_mask": True}, "need a kernel per step"),
+        ("gru", {"candidate_mask": True}, "need a kernel per step"),
         ("lstm", {"all_c": True}, "need a kernel per step"),
         ("lstm", {"H": 24}, "no multiple of 16"),
         ("lstm", {"H": 2048, "T": 1, "B": 1, "I": 1}, "do not fit"),
