@@ -73,6 +73,8 @@ class Regularisers(NamedTuple):
     the states are the expectation, that share of the old one.
     recurrent_dropout: the probability that W_hh does not see a unit of h, the same units of a
     sequence at every step; what it sees is scaled up.
+    candidate_dropout: the probability that the candidate for the new state (g of an LSTM, n of a
+    GRU) does not enter it, in the same units of a sequence at every step; others are scaled up.
     weight_dropout: the probability of a zero in W_hh, the same for the whole call (DropConnect).
     variational: dropout between layers takes the same features of a sequence at every step.
     """
@@ -82,6 +84,7 @@ class Regularisers(NamedTuple):
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     variational: bool = False
+    candidate_dropout: float = 0.0
 
 
 def rnn(
@@ -408,28 +411,41 @@ def _regularise(
         call.cell, call.weights, call.num_layers * (2 if call.bidirectional else 1)
     )
     if any(shares[: facts.states]):
-        if scans[0].hr is not None:
-            raise ValueError("zoneout does not go with a projection (proj_size)")
         if not training:
             controls = controls._replace(zoneout_h=shares[0], zoneout_c=shares[1])
         else:
             rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
-            shape = len(scans), rows, facts.states, scans[0].units
+            sizes = [scans[0].features, scans[0].units][: facts.states]
+            shape = len(scans), rows, sum(sizes)
             mask = torch.empty(shape, dtype=torch.bool, device=input.device)
-            for state, share in enumerate(shares[: facts.states]):
-                mask[:, :, state].bernoulli_(share)
-            controls = controls._replace(zoneout_mask=mask.flatten(2))
-    if training and regularisers.recurrent_dropout:
-        if not facts.recurrent or facts.two_products:
-            raise ValueError(
-                f"recurrent_dropout is for cells that multiply W_hh by h, {call.cell} does not"
-            )
+            for part, share in zip(torch.split(mask, sizes, -1), shares, strict=False):
+                part.bernoulli_(share)
+            controls = controls._replace(zoneout_mask=mask)
+    if not training:
+        return controls
+    if regularisers.recurrent_dropout and not facts.recurrent:
+        raise ValueError(
+            f"recurrent_dropout hides units of h from W_hh, which {call.cell} does not have: a "
+            "unit sees itself only, and would have no memory for a whole sequence or, scaled up, "
+            "more at every step. Use zoneout, or dropout between the layers with variational=True"
+        )
+    if regularisers.candidate_dropout and not facts.candidate:
+        other = "recurrent_dropout" if facts.recurrent else "zoneout"
+        raise ValueError(
+            "candidate_dropout is for cells with a candidate that is added to their memory (LSTM "
+            f"and GRU), and {call.cell} has none: use {other}"
+        )
+
+    def mask_of_sequences(units: int, share: float) -> Tensor:
+        B: Any = input.shape[0 if call.batch_first else 1]
         if call.batch_sizes is not None:
             B = int(call.batch_sizes[0])
-        else:
-            B = input.shape[0 if call.batch_first else 1]
-        ones = input.new_ones(len(scans), B, scans[0].features)
-        controls = controls._replace(h_mask=F.dropout(ones, regularisers.recurrent_dropout))
+        return F.dropout(input.new_ones(len(scans), B, units), share)
+
+    if share := regularisers.recurrent_dropout:
+        controls = controls._replace(h_mask=mask_of_sequences(scans[0].features, share))
+    if share := regularisers.candidate_dropout:
+        controls = controls._replace(candidate_mask=mask_of_sequences(scans[0].units, share))
     return controls
 
 
@@ -633,7 +649,7 @@ def _recorded(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     every way, and one that has been is as fast as they are.
     """
     # The dispatcher leaves out what is the default at the end.
-    controls, recompute = Controls(*args[9:17]), any(args[17:])
+    controls, recompute = Controls(*args[9:18]), any(args[18:])
     call = _Call(*args[:9])
     if controls.any:
         call = call._replace(controls=controls)
@@ -654,8 +670,9 @@ torch.library.define(
     "(str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, "
     "int num_layers, bool bidirectional, bool batch_first, Tensor? lengths=None, "
     "Tensor? reset=None, bool reset_to_initial=False, Tensor? zoneout_mask=None, "
-    "float zoneout_h=0.0, float zoneout_c=0.0, Tensor? h_mask=None, bool all_c=False, "
-    "bool recompute=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)",
+    "float zoneout_h=0.0, float zoneout_c=0.0, Tensor? h_mask=None, "
+    "Tensor? candidate_mask=None, bool all_c=False, bool recompute=False) "
+    "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)",
 )
 torch.library.impl("fused_rnn::rnn", "CompositeImplicitAutograd", _recorded)
 _in_graph = torch.ops.fused_rnn.rnn  # found once: a compiler guards every step of the way to it
@@ -725,6 +742,9 @@ def _layer_by_layer(
             reset=reset.t() if batch_first and reset is not None else reset,
             zoneout_mask=None if controls.zoneout_mask is None else controls.zoneout_mask[scans],
             h_mask=None if controls.h_mask is None else controls.h_mask[scans],
+            candidate_mask=(
+                None if controls.candidate_mask is None else controls.candidate_mask[scans]
+            ),
             all_c=all_c,
         )
         one = call._replace(

@@ -102,6 +102,7 @@ class _Layer(_Twin, nn.RNNBase):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         variational: bool = False,
+        candidate_dropout: float = 0.0,
         recompute: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -111,6 +112,7 @@ class _Layer(_Twin, nn.RNNBase):
             ("zoneout", zoneout_c),
             ("recurrent_dropout", recurrent_dropout),
             ("weight_dropout", weight_dropout),
+            ("candidate_dropout", candidate_dropout),
         ):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} should be a number in range [0, 1], got {rate}")
@@ -118,7 +120,8 @@ class _Layer(_Twin, nn.RNNBase):
         if recompute:
             self.recompute = True
         regularisers = functional.Regularisers(
-            zoneout_h, zoneout_c, recurrent_dropout, weight_dropout, variational
+            *(zoneout_h, zoneout_c, recurrent_dropout, weight_dropout, variational),
+            candidate_dropout,
         )
         if any(regularisers):
             self.regularisers = regularisers
@@ -356,9 +359,13 @@ class LSTM(_Layer):
 
         zoneout: the probability that a unit's state stays what it was, or two, for h and for c.
             Outside training the states are the expectation: that share of the old one (Krueger et
-            al. 2017). Not with proj_size.
+            al. 2017). With proj_size h is the projected one.
         recurrent_dropout: the probability that W_hh does not see a unit of h, the same units of a
-            sequence at every step (Gal & Ghahramani 2016).
+            sequence at every step (Gal & Ghahramani 2016): with a mask m of 0 and 1 / (1 - p), h in
+            the equations above is m * h.
+        candidate_dropout: the probability that the candidate g does not enter the memory of a unit,
+            the same units of a sequence at every step: c = f * c + i * (m * g). What is remembered
+            is kept whole (Semeniuta, Severyn & Barth 2016).
         weight_dropout: the probability of a zero in W_hh, for the whole call (DropConnect; Merity
             et al. 2018).
         variational: `dropout` takes the same features of a sequence at every step (Gal &
@@ -611,8 +618,9 @@ class GRU(_Layer):
         h = (1 - z) * n + z * h
 
     Args: as for `LSTM`, those beyond torch.nn too, without `proj_size`, and
-        reset_after: by keyword; False for the cell of the paper. Weights do not carry over, and
-            recurrent_dropout does not go with it.
+        reset_after: by keyword; False for the cell of the paper. Weights do not carry over.
+    With recurrent_dropout W_hh sees m * h, and with reset_after=False W_hn sees r * (m * h); what z
+    keeps is h. With candidate_dropout h = (1 - z) * (m * n) + z * h.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
     [T, I], zeros if None; `lengths`, `reset`, `reset_to_initial` and `return_all_states` as for
@@ -748,7 +756,8 @@ class RNN(_Layer):
 
         h = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).tanh()
 
-    Args: as for `LSTM`, those beyond torch.nn too, without `proj_size`, and
+    Args: as for `LSTM`, those beyond torch.nn too, without `proj_size` and `candidate_dropout` (the
+    memory is h itself, which recurrent_dropout acts on), and
         nonlinearity: "tanh" or "relu", the fourth argument, before `bias`.
 
     Inputs: `input` [T, B, I], [T, I] or a PackedSequence; `hx` [L*D, B, H], without B for
@@ -835,8 +844,8 @@ class IndRNN(RNN):
 
         h = (F.linear(x, weight_ih, bias_ih) + weight_hh * h + bias_hh).relu()
 
-    Args: as for `RNN`, with "relu" as the default of `nonlinearity`; recurrent_dropout does not go
-    with it.
+    Args: as for `RNN`, with "relu" as the default of `nonlinearity`, and without recurrent_dropout,
+    which hides units from others; there is `dropout` with `variational=True` between the layers.
 
     Inputs, Outputs, Precision, Raises: as for `RNN`.
 

@@ -69,7 +69,7 @@ def _rnn(*args: Any) -> tuple[Tensor, ...]:
     """The op `rnn`, whose results are never None."""
     from .functional import _Call, _layer_by_layer, _reference
 
-    controls = Controls(*args[9:17])
+    controls = Controls(*args[9:18])
     call = _Call(*args[:9])._replace(controls=controls)
     every: Any = None
     if call.batch_sizes is None and call.input.dim() == 2:  # a step
@@ -93,10 +93,11 @@ def layer(call: _Call) -> Result:
         raise RuntimeError(
             "ONNX has no packed sequences: give the layer a padded batch and `lengths=`"
         )
-    if controls.zoneout_mask is not None or controls.h_mask is not None:
+    masks = (controls.zoneout_mask, controls.h_mask, controls.candidate_mask)
+    if any(mask is not None for mask in masks):
         raise RuntimeError(
-            "ONNX has no zoneout and no recurrent_dropout in training: call model.eval() before "
-            "the export"
+            "ONNX has no zoneout, recurrent_dropout and candidate_dropout in training: call "
+            "model.eval() before the export"
         )
     scans = reference.split_weights(call.cell, call.weights, 2 if call.bidirectional else 1)
     if call.batch_first:
@@ -229,7 +230,7 @@ def _scan(
         own = weights._replace(hh=hh, bias_hh=bias_hh, hr=hr, diag=diag)
         start: Any = tuple(fresh)
         one = reference._Scan(
-            reference.CELLS[cell], own, reverse, controls, start, None, None, None
+            reference.CELLS[cell], own, reverse, controls, start, None, None, None, None
         )
         states = before if controls.reset is None else one.begin(masks[0], before)
         states = shown = one.step(0, x, states)

@@ -160,7 +160,7 @@ class RNNFunction(torch.autograd.Function):
         if controls is not None:
             count += controls.all_c
             masks = controls.masks()
-            controls = controls.with_masks(None, None, None, None)
+            controls = controls.with_masks(*[None] * len(masks))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, batch_sizes, h0, c0, saved, *masks, *weights)
         ctx.cell, ctx.options, ctx.controls = cell, options, controls
@@ -175,7 +175,8 @@ class RNNFunction(torch.autograd.Function):
         input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
         controls: Controls | None = ctx.controls
         if controls is not None:
-            controls, weights = controls.with_masks(*weights[:4]), weights[4:]
+            count = len(controls.masks())
+            controls, weights = controls.with_masks(*weights[:count]), weights[count:]
         # Inside backward, gradients are enabled under create_graph only, and the key is there under
         # autograd.grad(is_grads_batched=True) only. The op has neither a derivative nor a batching
         # rule, the reference has both.
@@ -389,7 +390,7 @@ def _fake_saved(question: tuple[Any, ...], controls: Controls) -> Tensor:
     first = reference.split_weights(cell, weights, scans)[0]
     facts = _C.cells()[cell]
     states = facts["states"]
-    own = 1 if first.hr is not None else states if controls.zoned else 0
+    own = states if controls.zoned else 1 if first.hr is not None else 0
     raw = 2 * facts["gates"] if facts["norm_gates"] else 0
     slots = states + facts["saved"] + own + raw
     units = (first.units + 15) // 16 * 16

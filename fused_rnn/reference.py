@@ -22,27 +22,29 @@ Result = tuple[Tensor, Tensor, Tensor | None, Any]
 class Cell(NamedTuple):
     """One unit at one time step.
 
-    `step(x, h, w, prev)` gives the states after. x, h: pre-activations [B, G*H] from the input and
-    from the previous h, biases included; w: recurrent weights [P*H] of the units to themselves;
-    prev: the states before, h first, each [B, H].
+    `step(x, h, w, m, prev)` gives the states after. x, h: pre-activations [B, G*H] from the input
+    and from the previous h, biases included; w: recurrent weights [P*H] of the units to themselves;
+    m: what the candidate for the new state is multiplied by, [B, H] or None, in cells that have a
+    `candidate`; prev: the states before, h first, each [B, H].
 
     Where there is an `operand`, W_hh is multiplied by h for the first gates only, and by
-    `operand(x, h, prev)`, h being what these gates get, for the others.
+    `operand(x, h, m, prev)`, h being what these gates get, for the others.
 
     With `norm_gates` both products are normalised before the biases are added, so many gates
     together, and the others together. A `normed_operand` is not multiplied but normalised, and
     appended to h.
     """
 
-    step: Callable[[Tensor, Tensor, Tensor | None, States], States]
+    step: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, States], States]
     states: int
     gates: int
     diagonals: int = 0
     recurrent: bool = True
-    operand: Callable[[Tensor, Tensor, States], Tensor] | None = None
+    operand: Callable[[Tensor, Tensor, Tensor | None, States], Tensor] | None = None
     first_gates: int = 0
     norm_gates: int = 0
     normed_operand: bool = False
+    candidate: bool = False
 
     @property
     def two_products(self) -> bool:
@@ -63,76 +65,87 @@ class Cell(NamedTuple):
         return "norm" if self.norm_gates else "weight_ch"
 
 
-def _lstm(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _masked(candidate: Tensor, m: Tensor | None) -> Tensor:
+    return candidate if m is None else candidate * m
+
+
+def _lstm(x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States) -> States:
     i, f, g, o = (x + h).chunk(4, -1)
-    c = f.sigmoid() * prev[1] + i.sigmoid() * g.tanh()
+    c = f.sigmoid() * prev[1] + i.sigmoid() * _masked(g.tanh(), m)
     return o.sigmoid() * c.tanh(), c
 
 
-def _peephole_lstm(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _peephole_lstm(
+    x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States
+) -> States:
     assert w is not None
     i, f, g, o = (x + h).chunk(4, -1)
     wi, wf, wo = w.chunk(3)
-    c = (f + wf * prev[1]).sigmoid() * prev[1] + (i + wi * prev[1]).sigmoid() * g.tanh()
+    g = _masked(g.tanh(), m)
+    c = (f + wf * prev[1]).sigmoid() * prev[1] + (i + wi * prev[1]).sigmoid() * g
     return (o + wo * c).sigmoid() * c.tanh(), c
 
 
-def _coupled_lstm(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _coupled_lstm(x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States) -> States:
     f, g, o = (x + h).chunk(3, -1)
-    c = f.sigmoid() * prev[1] + (1 - f.sigmoid()) * g.tanh()
+    c = f.sigmoid() * prev[1] + (1 - f.sigmoid()) * _masked(g.tanh(), m)
     return o.sigmoid() * c.tanh(), c
 
 
-def _normed_cell_state(x: Tensor, h: Tensor, prev: States) -> Tensor:
-    return _lstm(x, h, None, prev)[1]
+def _normed_cell_state(x: Tensor, h: Tensor, m: Tensor | None, prev: States) -> Tensor:
+    return _lstm(x, h, None, m, prev)[1]
 
 
-def _layer_norm_lstm(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _layer_norm_lstm(
+    x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States
+) -> States:
     size = x.shape[-1]
     h, normed = h[..., :size], h[..., size:]
     o = (x + h).chunk(4, -1)[3]
-    return o.sigmoid() * normed.tanh(), _normed_cell_state(x, h, prev)
+    return o.sigmoid() * normed.tanh(), _normed_cell_state(x, h, m, prev)
 
 
-def _gru(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _gru(x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States) -> States:
     (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), h.chunk(3, -1)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    n = (xn + r * hn).tanh()
+    n = _masked((xn + r * hn).tanh(), m)
     return ((1 - z) * n + z * prev[0],)
 
 
-def _gru_reset_before(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _gru_reset_before(
+    x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States
+) -> States:
     _, z, n = (x + h).chunk(3, -1)
-    return ((1 - z.sigmoid()) * n.tanh() + z.sigmoid() * prev[0],)
+    return ((1 - z.sigmoid()) * _masked(n.tanh(), m) + z.sigmoid() * prev[0],)
 
 
-def _reset_h(x: Tensor, h: Tensor, prev: States) -> Tensor:
+def _reset_h(x: Tensor, h: Tensor, m: Tensor | None, prev: States) -> Tensor:
     size = prev[0].shape[-1]
     return (x[..., :size] + h[..., :size]).sigmoid() * prev[0]
 
 
-def _rnn_tanh(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _rnn_tanh(x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States) -> States:
     return ((x + h).tanh(),)
 
 
-def _rnn_relu(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _rnn_relu(x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States) -> States:
     return ((x + h).relu(),)
 
 
-def _indrnn_tanh(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _indrnn_tanh(x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States) -> States:
     assert w is not None
     return ((x + h + w * prev[0]).tanh(),)
 
 
-def _indrnn_relu(x: Tensor, h: Tensor, w: Tensor | None, prev: States) -> States:
+def _indrnn_relu(x: Tensor, h: Tensor, w: Tensor | None, m: Tensor | None, prev: States) -> States:
     assert w is not None
     return ((x + h + w * prev[0]).relu(),)
 
 
 CELLS = {
-    "lstm": Cell(_lstm, states=2, gates=4),
-    "peephole_lstm": Cell(_peephole_lstm, states=2, gates=4, diagonals=3),
-    "coupled_lstm": Cell(_coupled_lstm, states=2, gates=3),
+    "lstm": Cell(_lstm, states=2, gates=4, candidate=True),
+    "peephole_lstm": Cell(_peephole_lstm, states=2, gates=4, diagonals=3, candidate=True),
+    "coupled_lstm": Cell(_coupled_lstm, states=2, gates=3, candidate=True),
     "layer_norm_lstm": Cell(
         _layer_norm_lstm,
         states=2,
@@ -141,10 +154,13 @@ CELLS = {
         first_gates=4,
         norm_gates=4,
         normed_operand=True,
+        candidate=True,
     ),
-    "gru": Cell(_gru, states=1, gates=3),
-    "layer_norm_gru": Cell(_gru, states=1, gates=3, norm_gates=2),
-    "gru_reset_before": Cell(_gru_reset_before, states=1, gates=3, operand=_reset_h, first_gates=2),
+    "gru": Cell(_gru, states=1, gates=3, candidate=True),
+    "layer_norm_gru": Cell(_gru, states=1, gates=3, norm_gates=2, candidate=True),
+    "gru_reset_before": Cell(
+        _gru_reset_before, states=1, gates=3, operand=_reset_h, first_gates=2, candidate=True
+    ),
     "rnn_tanh": Cell(_rnn_tanh, states=1, gates=1),
     "rnn_relu": Cell(_rnn_relu, states=1, gates=1),
     "indrnn_tanh": Cell(_indrnn_tanh, states=1, gates=1, diagonals=1, recurrent=False),
@@ -158,20 +174,25 @@ class Controls(NamedTuple):
     lengths: Tensor | None = None  # [B] int64: steps of each sequence of a padded batch
     reset: Tensor | None = None  # bool, like the input without features: a new sequence begins
     reset_to_initial: bool = False  # with h0 and c0 instead of zeros
-    zoneout_mask: Tensor | None = None  # [L*D, N, S*H] bool: these states stay what they were
+    zoneout_mask: Tensor | None = None  # [L*D, N, R (+ H for c)] bool: what stays as it was
     zoneout_h: float = 0.0  # without a mask, the share of h and c that does
     zoneout_c: float = 0.0
     h_mask: Tensor | None = None  # [L*D, B, R]: what h is multiplied by for W_hh
+    candidate_mask: Tensor | None = None  # [L*D, B, H]: what the candidate is multiplied by
     all_c: bool = False  # c of every step in the place of c_n, like the output
 
     @property
     def any(self) -> bool:
         """Whether they differ from the defaults."""
-        given = self.lengths is not None or self.reset is not None or self.h_mask is not None
-        return given or self.zoned or self.all_c
+        masks = (self.lengths, self.reset, self.h_mask, self.candidate_mask)
+        return any(mask is not None for mask in masks) or self.zoned or self.all_c
 
     def to(self, dtype: torch.dtype) -> Controls:
-        return self._replace(h_mask=None if self.h_mask is None else self.h_mask.to(dtype))
+        h, candidate = self.h_mask, self.candidate_mask
+        return self._replace(
+            h_mask=None if h is None else h.to(dtype),
+            candidate_mask=None if candidate is None else candidate.to(dtype),
+        )
 
     @property
     def zoned(self) -> bool:
@@ -189,7 +210,7 @@ class Controls(NamedTuple):
         )
 
     def masks(self) -> tuple[Tensor | None, ...]:
-        return self.lengths, self.reset, self.zoneout_mask, self.h_mask
+        return self.lengths, self.reset, self.zoneout_mask, self.h_mask, self.candidate_mask
 
     def with_masks(
         self,
@@ -197,10 +218,14 @@ class Controls(NamedTuple):
         reset: Tensor | None,
         zoneout_mask: Tensor | None,
         h_mask: Tensor | None,
+        candidate_mask: Tensor | None,
     ) -> Controls:
-        shares = self.zoneout_h, self.zoneout_c
-        return Controls(
-            lengths, reset, self.reset_to_initial, zoneout_mask, *shares, h_mask, self.all_c
+        return self._replace(
+            lengths=lengths,
+            reset=reset,
+            zoneout_mask=zoneout_mask,
+            h_mask=h_mask,
+            candidate_mask=candidate_mask,
         )
 
 
@@ -284,25 +309,33 @@ def input_product(cell: Cell, x: Tensor, w: Weights) -> Tensor:
     return _normalise(cell, F.linear(x, w.ih), gain, w.bias_ih)
 
 
-def _pre_activations(cell: Cell, x: Tensor, prev: States, w: Weights) -> Tensor:
-    """[B, G*H] from the previous h."""
+def _pre_activations(
+    cell: Cell,
+    x: Tensor,
+    prev: States,
+    w: Weights,
+    h_mask: Tensor | None,
+    candidate_mask: Tensor | None,
+) -> Tensor:
+    """[B, G*H] from the previous h, of which W_hh sees h * h_mask."""
+    seen = _masked(prev[0], h_mask)
     if w.hh is None:
         return torch.zeros_like(x) if w.bias_hh is None else w.bias_hh
     if cell.norm_gates:
         assert w.diag is not None
         _, gain, *of_operand = torch.split(w.diag, _sizes_of_gains(cell, w))
-        h = _normalise(cell, F.linear(prev[0], w.hh), gain, w.bias_hh)
+        h = _normalise(cell, F.linear(seen, w.hh), gain, w.bias_hh)
         if cell.operand is None:
             return h
-        operand = cell.operand(x, h, prev)
+        operand = cell.operand(x, h, candidate_mask, prev)
         gain, shift = of_operand
         return torch.cat([h, F.layer_norm(operand, operand.shape[-1:], gain, shift)], -1)
     if cell.operand is None:
-        return F.linear(prev[0], w.hh, w.bias_hh)
+        return F.linear(seen, w.hh, w.bias_hh)
     rows = cell.first_gates * w.units
     bias = None if w.bias_hh is None else (w.bias_hh[:rows], w.bias_hh[rows:])
-    first = F.linear(prev[0], w.hh[:rows], bias and bias[0])
-    operand = cell.operand(x, first, prev)
+    first = F.linear(seen, w.hh[:rows], bias and bias[0])
+    operand = cell.operand(x, first, candidate_mask, (seen, *prev[1:]))
     return torch.cat([first, F.linear(operand, w.hh[rows:], bias and bias[1])], -1)
 
 
@@ -318,8 +351,9 @@ class _Scan(NamedTuple):
     controls: Controls
     initial: States  # [B, R], [B, H]
     reset: Sequence[Tensor] | None  # [B_t]
-    zoneout_mask: Sequence[Tensor] | None  # [B_t, S*H]
+    zoneout_mask: Sequence[Tensor] | None  # [B_t, R (+ H)]
     h_mask: Tensor | None  # [B, R]
+    candidate_mask: Tensor | None  # [B, H]
 
     def run(self, gates_x: Sequence[Tensor]) -> tuple[list[States], States]:
         """The states after every step, in the order of time, and the last ones of every sequence.
@@ -356,17 +390,18 @@ class _Scan(NamedTuple):
         return tuple(torch.where(where, new, s) for new, s in zip(fresh, states, strict=True))
 
     def step(self, t: int, x: Tensor, prev: States) -> States:
-        seen = prev
-        if self.h_mask is not None:
-            seen = (prev[0] * self.h_mask[: prev[0].shape[0]], *prev[1:])
-        h = _pre_activations(self.cell, x, seen, self.weights)
-        states = self.cell.step(x, h, self.weights.diag, prev)
+        active = prev[0].shape[0]
+        h_mask, m = (
+            None if mask is None else mask[:active] for mask in (self.h_mask, self.candidate_mask)
+        )
+        h = _pre_activations(self.cell, x, prev, self.weights, h_mask, m)
+        states = self.cell.step(x, h, self.weights.diag, m, prev)
         if self.weights.hr is not None:
             states = (F.linear(states[0], self.weights.hr), *states[1:])
         if not self.controls.zoned:
             return states
         if self.zoneout_mask is not None:
-            masks = self.zoneout_mask[t].chunk(len(states), -1)
+            masks = torch.split(self.zoneout_mask[t], [s.shape[-1] for s in states], -1)
             return tuple(map(torch.where, masks, prev, states))
         shares = self.controls.zoneout_h, self.controls.zoneout_c
         return tuple(
@@ -401,12 +436,15 @@ def rnn(
         "training": training,
     }
     if batch_sizes is None and input.dim() == 2:
-        h0, c0, h_mask = (None if s is None else s.unsqueeze(0) for s in (h0, c0, controls.h_mask))
+        h0, c0, h_mask, candidate_mask = (
+            None if s is None else s.unsqueeze(0)
+            for s in (h0, c0, controls.h_mask, controls.candidate_mask)
+        )
         output, _, c, _ = rnn(
             cell,
             *(input.unsqueeze(0), None, h0, c0, weights),
             batch_first=False,
-            controls=controls._replace(h_mask=h_mask),
+            controls=controls._replace(h_mask=h_mask, candidate_mask=candidate_mask),
             **options,
         )
         return output.squeeze(0), input.new_empty(0), None if c is None else c.squeeze(0), None
@@ -435,7 +473,7 @@ def rnn(
             x = F.dropout(x, dropout, training)
         outputs = []
         for k in range(layer * directions, (layer + 1) * directions):
-            mask, h_mask = controls.zoneout_mask, controls.h_mask
+            mask, h_mask, m = controls.zoneout_mask, controls.h_mask, controls.candidate_mask
             scan = _Scan(
                 CELLS[cell],
                 scans[k],
@@ -445,6 +483,7 @@ def rnn(
                 resets,
                 None if mask is None else steps(mask[k].view(*x.shape[:-1], -1)),
                 None if h_mask is None else h_mask[k],
+                None if m is None else m[k],
             )
             every, states = scan.run(steps(input_product(CELLS[cell], x, scans[k])))
             join = torch.stack if sizes is None else torch.cat
@@ -478,7 +517,8 @@ def _padded_rnn(
 ) -> Result:
     """Layer by layer, and in each every sequence by itself, as long as it is."""
     x = input.transpose(0, 1) if batch_first else input  # [T, B, I]
-    resets, mask, h_mask = controls.reset, controls.zoneout_mask, controls.h_mask
+    resets, mask = controls.reset, controls.zoneout_mask
+    h_mask, m = controls.h_mask, controls.candidate_mask
     if batch_first and resets is not None:
         resets = resets.t()
     directions = 2 if bidirectional else 1
@@ -520,6 +560,7 @@ def _padded_rnn(
                         reset=None if resets is None else resets[:length, b : b + 1],
                         zoneout_mask=None if mask is None else mask[planes, :length, b],
                         h_mask=None if h_mask is None else h_mask[planes, b : b + 1],
+                        candidate_mask=None if m is None else m[planes, b : b + 1],
                     ),
                 )
                 states = [state for state in (h, c) if state is not None]

@@ -81,7 +81,8 @@ class Arguments(NamedTuple):
         """The same question on a device; what the ops read on the CPU stays there."""
         moved = self.map(lambda tensor: tensor.to(device))
         controls = moved.controls
-        masks = {name: getattr(controls, name) for name in ("reset", "zoneout_mask", "h_mask")}
+        names = ("reset", "zoneout_mask", "h_mask", "candidate_mask")
+        masks = {name: getattr(controls, name) for name in names}
         there = {name: mask.to(device) for name, mask in masks.items() if mask is not None}
         return moved._replace(controls=controls._replace(**there))
 
@@ -110,6 +111,7 @@ def make_arguments(
     reset_to_initial: bool = False,
     zoneout: str = "",
     h_mask: bool = False,
+    candidate_mask: bool = False,
     all_c: bool = False,
     state: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -154,9 +156,10 @@ def make_arguments(
     resets = torch.rand(input.shape[:-1], generator=generator) < reset if reset else None
     has_c = numbers["states"] > 1
     scans, rows = layers * directions, input.shape[:-1].numel()
-    states_of_rows = (scans, rows, numbers["states"] * H)
+    states_of_rows = (scans, rows, R + has_c * H)
     mask = torch.rand(states_of_rows, generator=generator) < 0.3 if zoneout == "mask" else None
     kept = torch.rand(scans, B, R, generator=generator) < 0.7
+    entering = torch.rand(scans, B, H, generator=generator) < 0.6
     controls = Controls(
         None if lengths is None else torch.tensor(list(lengths), dtype=torch.int64),
         resets,
@@ -164,6 +167,7 @@ def make_arguments(
         mask,
         *((0.2, 0.4) if zoneout == "shares" else (0.0, 0.0)),
         (kept / 0.7).to(dtype) if h_mask else None,
+        (entering / 0.6).to(dtype) if candidate_mask else None,
         all_c and has_c,
     )
     return Arguments(

@@ -138,14 +138,16 @@ def test_every_cell_has_an_oracle() -> None:
 def arguments(cell: str, count: int, dtype: torch.dtype) -> Tensors:
     gates, states = CELLS[cell]["gates"], CELLS[cell]["states"]
     diagonals = CELLS[cell]["diagonals"]
-    rows = {"x": gates, "h": gates, "w": diagonals, "prev": states, "d_state": states}
+    m = CELLS[cell]["candidate"]
+    rows = {"x": gates, "h": gates, "w": diagonals, "m": m, "prev": states, "d_state": states}
     return {name: torch.randn(n, count, dtype=dtype) for name, n in rows.items()}
 
 
 def by_library(cell: str, args: Tensors) -> Tensors:
-    x, h, w, prev, d_state = (args[name].numpy() for name in ("x", "h", "w", "prev", "d_state"))
-    state, saved = _C.cell_forward(cell, x, h, w, prev)
-    dx, dh, d_prev, dw = _C.cell_backward(cell, saved, w, prev, state, d_state)
+    names = ("x", "h", "w", "m", "prev", "d_state")
+    x, h, w, m, prev, d_state = (args[name].numpy() for name in names)
+    state, saved = _C.cell_forward(cell, x, h, w, m, prev)
+    dx, dh, d_prev, dw = _C.cell_backward(cell, saved, w, m, prev, state, d_state)
     results = {"state": state, "dx": dx, "dh": dh, "d_prev": d_prev, "dw": dw}
     return {name: torch.from_numpy(value) for name, value in results.items()}
 
@@ -155,13 +157,14 @@ def by_reference(cell: str, args: Tensors) -> Tensors:
     x, h, w, prev = leaves = [args[name].clone().requires_grad_() for name in names]
     oracle = reference.CELLS[cell]
     flat = h.flatten()
+    m = args["m"].flatten() if oracle.candidate else None
     if oracle.operand is not None:  # W_hh of its product is the identity, a norm changes nothing
-        operand = oracle.operand(x.flatten(), flat, tuple(prev))
+        operand = oracle.operand(x.flatten(), flat, m, tuple(prev))
         if oracle.normed_operand:
             operand, flat = torch.zeros(()), torch.cat([flat, operand])
         first = oracle.first_gates * prev.shape[1]
         flat = torch.cat([flat[:first], flat[first:] + operand])
-    state = torch.stack(oracle.step(x.flatten(), flat, w.flatten(), tuple(prev)))
+    state = torch.stack(oracle.step(x.flatten(), flat, w.flatten(), m, tuple(prev)))
     gradients = torch.autograd.grad(state, leaves, args["d_state"], materialize_grads=True)
     return {"state": state.detach()} | {
         f"d_{name}" if name == "prev" else f"d{name}": gradient

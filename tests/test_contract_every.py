@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from layers import BEYOND, CELLS, KINDS, PROJECTED, flatten, make, state_for
+from layers import BEYOND, CELLS, KINDS, flatten, make, state_for
 from test_beyond_torch import CELLS as CELLS_BEYOND
 from test_beyond_torch import make_cell
 from torch import Tensor, nn
@@ -186,8 +186,8 @@ def test_saved_tensors_pass_through_hooks(kind: str, control: str) -> None:
 
 
 MASKED = [
-    *(("LSTM", o) for o in ({"zoneout": 0.3}, {"weight_dropout": 0.3}, {"recurrent_dropout": 0.3})),
-    *((kind, {"zoneout": 0.3}) for kind in (*KINDS, *BEYOND) if kind not in PROJECTED),
+    *(("LSTM", {f"{where}_dropout": 0.3}) for where in ("weight", "recurrent", "candidate")),
+    *((kind, {"zoneout": 0.3}) for kind in (*KINDS, *BEYOND)),
     *((kind, {"dropout": 0.5, "num_layers": 2}) for kind in (*KINDS, *BEYOND)),
     ("GRU", {"dropout": 0.5, "num_layers": 2, "variational": True}),
 ]

@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: fused_rnn.GRU(I, H),
         lambda: pack_sequence([torch.randn(3, I), torch.randn(2, I)]),
     ),
-    "ONNX has no zoneout and no recurrent_dropout in training: call model.eval()": (
+    "ONNX has no zoneout, recurrent_dropout and candidate_dropout in training: call model.eval()": (
         lambda: fused_rnn.LSTM(I, H, zoneout=0.1),
         lambda: torch.randn(4, 3, I),
     ),
@@ -221,5 +221,7 @@ def test_what_onnx_cannot_say_is_refused(
 
 def test_the_sentence_reaches_the_user() -> None:
     model = fused_rnn.IndRNN(I, H, recurrent_dropout=0.1)
-    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="recurrent_dropout is for cells"):
+    with pytest.raises(
+        torch.onnx.errors.OnnxExporterError, match="recurrent_dropout hides units of h"
+    ):
         torch.onnx.export(model, (torch.randn(4, 3, I),), dynamo=True, verbose=False)

@@ -31,9 +31,10 @@ LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
-def with_matrix(kind: str) -> bool:
-    """Whether W_hh is multiplied by h and nothing else."""
-    return kind not in ("GRU reset before", "IndRNN")
+def allowed(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Where a unit sees no other, nothing hides h; a simple network has no candidate."""
+    refused = {"IndRNN": ("recurrent_dropout", "candidate_dropout"), "RNN": ("candidate_dropout",)}
+    return {name: value for name, value in options.items() if name not in refused.get(kind, ())}
 
 
 def twin(layer: nn.RNNBase) -> nn.RNNBase:
@@ -137,6 +138,81 @@ def test_recurrent_dropout_is_one_mask_for_all_steps(kind: str) -> None:
     assert_close(ours, by_steps(layer, x, lambda t, before, after: after, mask))
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "CoupledLSTM", "GRU", "GRU reset before"])
+def test_candidate_dropout_keeps_what_is_remembered(kind: str) -> None:
+    """One mask of what is added to the memory, for all steps; with a mask of h beside it."""
+    rates = {"recurrent_dropout": 0.4, "candidate_dropout": 0.5}
+    layer = LAYERS[kind](I, H, **rates, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    torch.manual_seed(5)
+    ours = layer(x)[0]
+    torch.manual_seed(5)
+    ones = torch.ones(1, B, H, dtype=torch.float64)
+    h_mask, m = F.dropout(ones, 0.4)[0], F.dropout(ones, 0.5)[0]
+    ih, hh, b_ih, b_hh = (p.detach() for p in layer.parameters())
+    h, c, outputs = x.new_zeros(B, H), x.new_zeros(B, H), []
+    for row in x:
+        gx, gh = F.linear(row, ih, b_ih), F.linear(h * h_mask, hh, b_hh)
+        if kind == "LSTM":
+            i, f, g, o = (gx + gh).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * (m * g.tanh())
+            h = o.sigmoid() * c.tanh()
+        elif kind == "CoupledLSTM":
+            f, g, o = (gx + gh).chunk(3, -1)
+            c = f.sigmoid() * c + (1 - f.sigmoid()) * (m * g.tanh())
+            h = o.sigmoid() * c.tanh()
+        else:
+            (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
+            r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+            if kind == "GRU reset before":
+                hn = F.linear(r * (h * h_mask), hh[2 * H :], b_hh[2 * H :])
+                r = torch.ones_like(r)
+            h = (1 - z) * (m * (xn + r * hn).tanh()) + z * h
+        outputs.append(h)
+    assert_close(ours, torch.stack(outputs))
+
+
+def test_a_unit_whose_candidate_never_enters_forgets_and_adds_nothing() -> None:
+    """The mask is there for all steps, so c decays from c0 by the forget gate alone."""
+    layer = fused_rnn.LSTM(I, H, candidate_dropout=1.0, dtype=torch.float64)
+    x, h0 = torch.randn(T, B, I, dtype=torch.float64), torch.zeros(1, B, H, dtype=torch.float64)
+    c0 = torch.ones_like(h0)
+    c = layer(x, (h0, c0), return_all_states=True)[2][1][0]
+    assert (c > 0).all()
+    assert (c[1:] < c[:-1]).all()
+    assert (layer(x)[0] == 0).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "PeepholeLSTM", "LayerNormLSTM"])
+def test_zoneout_of_a_projected_layer_keeps_what_is_projected(kind: str, training: bool) -> None:
+    """h is W_hr m, of proj_size features; c has the units. By the cell without zoneout, a step a
+    call."""
+    R, rates = 2, (0.3, 0.6)
+    layer = LAYERS[kind](I, H, proj_size=R, zoneout=rates, dtype=torch.float64)
+    plain = LAYERS[kind](I, H, proj_size=R, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    layer.train(training)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    torch.manual_seed(3)
+    ours = layer(x)
+    torch.manual_seed(3)
+    mask = torch.empty(1, T * B, R + H, dtype=torch.bool)
+    mask[..., :R].bernoulli_(rates[0])
+    mask[..., R:].bernoulli_(rates[1])
+    masks = mask.view(T, B, -1).split([R, H], -1)
+    states: Any = x.new_zeros(1, B, R), x.new_zeros(1, B, H)
+    outputs = []
+    for t, row in enumerate(x):
+        after = plain(row.unsqueeze(0), states)[1]
+        states = tuple(
+            torch.where(m[t], old, new) if training else rate * old + (1 - rate) * new
+            for m, rate, old, new in zip(masks, rates, states, after, strict=True)
+        )
+        outputs.append(states[0][0])
+    assert_close(ours, (torch.stack(outputs), states))
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_weight_dropout_is_dropout_of_the_recurrent_weights(kind: str) -> None:
     layer = LAYERS[kind](I, H, 2, weight_dropout=0.5, dtype=torch.float64)
@@ -173,9 +249,8 @@ def test_variational_dropout_is_one_mask_for_all_steps(packed: bool) -> None:
 
 @each_layer
 def test_without_training_only_zoneout_acts(kind: str) -> None:
-    options: dict[str, Any] = {"weight_dropout": 0.5, "variational": True, "dropout": 0.5}
-    if with_matrix(kind):
-        options["recurrent_dropout"] = 0.5
+    rates = ("dropout", "weight_dropout", "recurrent_dropout", "candidate_dropout")
+    options: dict[str, Any] = {"variational": True, **dict.fromkeys(rates, 0.5)}
     layer = LAYERS[kind](I, H, 2, **options).eval()
     x = torch.randn(T, B, I)
     plain = LAYERS[kind](I, H, 2).eval()
@@ -187,9 +262,11 @@ def test_without_training_only_zoneout_acts(kind: str) -> None:
 REGULARISED: dict[str, dict[str, Any]] = {
     "zoneout": {"zoneout": (0.2, 0.5)},
     "recurrent_dropout": {"recurrent_dropout": 0.3},
+    "candidate_dropout": {"candidate_dropout": 0.3},
     "everything": {
         "zoneout": 0.2,
         "recurrent_dropout": 0.3,
+        "candidate_dropout": 0.3,
         "weight_dropout": 0.3,
         "variational": True,
         "dropout": 0.3,
@@ -200,7 +277,7 @@ REGULARISED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", REGULARISED.values(), ids=REGULARISED)
 @each_layer
 def test_gradients_of_regularised_layers(kind: str, options: dict[str, Any]) -> None:
-    options = {k: v for k, v in options.items() if k != "recurrent_dropout" or with_matrix(kind)}
+    options = allowed(kind, options)
     if kind == "IndRNN":
         options["nonlinearity"] = "tanh"
     layer = LAYERS[kind](2, 3, 2, dtype=torch.float64, **options)
@@ -255,12 +332,14 @@ def test_a_converted_layer_takes_regularisers() -> None:
 
 
 def test_regularised_layers_say_so() -> None:
-    layer = fused_rnn.LSTM(I, H, zoneout=0.1, weight_dropout=0.2, recompute=True)
-    words = "zoneout_h=0.1, zoneout_c=0.1, weight_dropout=0.2, recompute=True"
+    layer = fused_rnn.LSTM(I, H, zoneout=0.1, candidate_dropout=0.2, recompute=True)
+    words = "zoneout_h=0.1, zoneout_c=0.1, candidate_dropout=0.2, recompute=True"
     assert repr(layer) == f"LSTM({I}, {H}, {words})"
 
 
-@pytest.mark.parametrize("name", ["zoneout", "recurrent_dropout", "weight_dropout"])
+@pytest.mark.parametrize(
+    "name", ["zoneout", "recurrent_dropout", "candidate_dropout", "weight_dropout"]
+)
 @pytest.mark.parametrize("rate", [-0.1, 1.5, math.nan])
 def test_a_rate_that_is_no_probability_raises(name: str, rate: float) -> None:
     with pytest.raises(
@@ -275,15 +354,24 @@ def test_zoneout_is_one_rate_or_two(rates: Any) -> None:
         fused_rnn.LSTM(I, H, zoneout=rates)
 
 
-def test_zoneout_of_a_projected_layer_raises() -> None:
-    with pytest.raises(ValueError, match="zoneout does not go with a projection"):
-        fused_rnn.LSTM(I, H, proj_size=2, zoneout=0.1)(torch.randn(T, B, I))
-
-
-@pytest.mark.parametrize("kind", ["IndRNN", "GRU reset before"])
-def test_recurrent_dropout_needs_a_product_with_h(kind: str) -> None:
-    with pytest.raises(ValueError, match="recurrent_dropout is for cells that multiply W_hh by h"):
-        LAYERS[kind](I, H, recurrent_dropout=0.1)(torch.randn(T, B, I))
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        (
+            "IndRNN",
+            "recurrent_dropout",
+            "units of h from W_hh, which indrnn_relu does not have",
+        ),
+        ("IndRNN", "candidate_dropout", "indrnn_relu has none: use zoneout"),
+        ("RNN", "candidate_dropout", "rnn_tanh has none: use recurrent_dropout"),
+    ],
+)
+def test_what_a_cell_has_no_place_for_raises(kind: str, name: str, words: str) -> None:
+    """In training: outside, nothing would act."""
+    layer = LAYERS[kind](I, H, **{name: 0.1})
+    with pytest.raises(ValueError, match=words):
+        layer(torch.randn(T, B, I))
+    layer.eval()(torch.randn(T, B, I))
 
 
 # All states
@@ -360,7 +448,10 @@ RECOMPUTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lengths": ({}, {"lengths": torch.tensor([700, 3, 0, 300])}),
     "reset": ({"num_layers": 2}, {"reset": torch.rand(700, 4) < 0.01}),
     "initial": ({}, {"reset": torch.rand(700, 4) < 0.01, "reset_to_initial": True}),
-    "masks": ({"zoneout": 0.2, "recurrent_dropout": 0.3}, {"return_all_states": True}),
+    "masks": (
+        {"zoneout": 0.2, "recurrent_dropout": 0.3, "candidate_dropout": 0.3},
+        {"return_all_states": True},
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import BEYOND, KINDS, PROJECTED, flatten, make
+from layers import BEYOND, KINDS, flatten, make
 from processes import output_of
 from test_contract_tools import EVERY, loss
 from test_environment import resident_kib
@@ -24,12 +24,17 @@ RANDOM: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.4, "weight_dropout": 0.3, "variational": True},
     "zoneout": {"zoneout": (0.2, 0.3)},
     "recurrent_dropout": {"recurrent_dropout": 0.3, "recompute": True},
+    "candidate_dropout": {"candidate_dropout": 0.3},
 }
-REFUSED = {
-    "zoneout": PROJECTED,
-    "recurrent_dropout": ("GRU_BEFORE", "INDRNN", "INDRNN_TANH"),
-}
-PAIRS = [(k, r) for r in RANDOM for k in (*KINDS, *BEYOND) if k not in REFUSED.get(r, ())]
+
+
+def refused(kind: str, random: str) -> bool:
+    facts = fused_rnn.reference.CELLS[make(fused_rnn, kind, 1, 4)._cell]
+    needs = {"recurrent_dropout": facts.recurrent, "candidate_dropout": facts.candidate}
+    return not needs.get(random, True)
+
+
+PAIRS = [(k, r) for r in RANDOM for k in (*KINDS, *BEYOND) if not refused(k, r)]
 
 
 def train(kind: str, options: dict[str, Any]) -> list[Tensor]:

@@ -160,7 +160,8 @@ def test_accuracy_with_resets(cell: str, options: dict[str, Any], dtype: torch.d
 
 
 def regularised(thin: bool = False) -> list[dict[str, Any]]:
-    """Thin: every layout with a mask of zoneout and one of h, together or not."""
+    """Thin: every layout with a mask of zoneout, one of h and one of the candidate, together or
+    not."""
     layouts: tuple[dict[str, Any], ...] = (
         {},
         {"batch_first": True, "layers": 2},
@@ -168,7 +169,13 @@ def regularised(thin: bool = False) -> list[dict[str, Any]]:
         {"lengths": PADDED, "bidirectional": True, "reset": 0.3},
     )
     return [
-        {"zoneout": zoneout, "h_mask": h_mask, "all_c": layout.get("layers", 1) == 1, **layout}
+        {
+            "zoneout": zoneout,
+            "h_mask": h_mask,
+            "candidate_mask": (j < 2) == (k < 2),
+            "all_c": layout.get("layers", 1) == 1,
+            **layout,
+        }
         for (j, (zoneout, h_mask)), (k, layout) in itertools.product(
             enumerate((("shares", False), ("mask", False), ("", True), ("mask", True))),
             enumerate(layouts),
@@ -177,23 +184,23 @@ def regularised(thin: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def without_h_mask(cell: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Where W_hh is not multiplied by h, there is nothing to mask."""
-    refused = cell.startswith("indrnn") or cell == "gru_reset_before"
-    return options | {"h_mask": False} if refused else options
+def without_refused(cell: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Where there is no W_hh or no candidate, there is nothing to mask."""
+    facts = fused_rnn._C.cells()[cell]
+    there = {"h_mask": facts["recurrent"], "candidate_mask": facts["candidate"]}
+    return {name: value if there.get(name, True) else False for name, value in options.items()}
 
 
 @each_with(regularised)
 def test_accuracy_with_masks_of_the_states(
     cell: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    options = without_h_mask(cell, options)
+    options = without_refused(cell, options)
     judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **options)
 
 
 def projected(thin: bool) -> list[dict[str, Any]]:
-    masked = (options | {"zoneout": ""} for options in regularised() if options["h_mask"])
-    return [*structures(thin), *resets(thin), *itertools.islice(masked, 4)]
+    return [*structures(thin), *resets(thin), *regularised(True)]
 
 
 @pytest.mark.parametrize(
@@ -225,8 +232,12 @@ def test_thinned_options_hold_what_they_promise() -> None:
     for key in ("reset", "reset_to_initial"):
         pairs = {(o[key], str(o | {"reset": 0, "reset_to_initial": 0})) for o in resets(True)}
         assert len(pairs) == 2 * layouts
-    without = {"zoneout": 0, "h_mask": 0}
-    for chosen in (lambda o: o["zoneout"] == "mask", lambda o: o["h_mask"]):
+    without = {"zoneout": 0, "h_mask": 0, "candidate_mask": 0}
+    for chosen in (
+        lambda o: o["zoneout"] == "mask",
+        lambda o: o["h_mask"],
+        lambda o: o["candidate_mask"],
+    ):
         assert len({str(o | without) for o in regularised(True) if chosen(o)}) == 4
 
 
@@ -491,13 +502,22 @@ SHARED = [
 ]
 # The same ways with what acts on the states between the steps.
 SHARED_CONTROLS = [
-    ((20, 3, 8, 300), {"lengths": (7, 20, 0), "reset": 0.2, "zoneout": "mask", "all_c": True}),
+    (
+        (20, 3, 8, 300),
+        {
+            "lengths": (7, 20, 0),
+            "reset": 0.2,
+            "zoneout": "mask",
+            "candidate_mask": True,
+            "all_c": True,
+        },
+    ),
     (
         (10, 6, 8, 250),
         {"bidirectional": True, "reset": 0.2, "reset_to_initial": True, "h_mask": True},
     ),
     ((20, 64, 8, 40), {"reset": 0.2, "zoneout": "shares", "h_mask": True}),
-    ((80, 1, 8, 40), {"layers": 3, "reset": 0.1, "h_mask": True}),
+    ((80, 1, 8, 40), {"layers": 3, "reset": 0.1, "h_mask": True, "candidate_mask": True}),
 ]
 
 
@@ -535,7 +555,7 @@ def test_the_sizes_above_share_the_work_in_every_way(cell: str) -> None:
 def test_results_do_not_depend_on_the_number_of_threads(
     cell: str, sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    options = without_h_mask(cell, options)
+    options = without_refused(cell, options)
     args = make_arguments(cell, *sizes, dtype=dtype, **options)
     torch.set_num_threads(1)
     expected = everything(args)
@@ -924,7 +944,14 @@ OPCHECKS: list[dict[str, Any]] = [
     {"layers": 2, "batch_sizes": RAGGED},
     {"layers": 2, "batch_first": True},
     # Full lengths, because `saved` has rows that nobody writes for shorter ones.
-    {"lengths": (5,) * 5, "reset": 0.3, "zoneout": "mask", "all_c": True},
+    {
+        "lengths": (5,) * 5,
+        "reset": 0.3,
+        "zoneout": "mask",
+        "h_mask": True,
+        "candidate_mask": True,
+        "all_c": True,
+    },
 ]
 
 
@@ -940,7 +967,7 @@ OPCHECKED = [*(("lstm", options) for options in OPCHECKS), ("gru", OPCHECKS[1])]
 def test_opcheck(cell: str, options: dict[str, Any]) -> None:
     """All of it for a cell with two states and for one with one. What another has of its own are
     numbers of weights and slots of `saved`: it is asked for shapes and aliases only."""
-    args = make_arguments(cell, 5, 5, 4, 19, bidirectional=True, **options)
+    args = make_arguments(cell, 5, 5, 4, 19, bidirectional=True, **without_refused(cell, options))
     tests = ("test_schema", "test_faketensor")
     if (cell, options) in OPCHECKED:
         tests += ("test_autograd_registration", "test_aot_dispatch_dynamic")

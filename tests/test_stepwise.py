@@ -42,7 +42,7 @@ from test_scan import (
     strided,
     transposed,
     unaligned,
-    without_h_mask,
+    without_refused,
 )
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -74,10 +74,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"reset": 0.4, "reset_to_initial": True, "bidirectional": True, "batch_first": True},
     {"reset": 0.3, "batch_sizes": RAGGED, "bidirectional": True, "layers": 2},
     {"reset": 0.3, "reset_to_initial": True, "lengths": PADDED, "bidirectional": True},
-    {"zoneout": "shares", "all_c": True},
+    {"zoneout": "shares", "candidate_mask": True, "all_c": True},
     {"zoneout": "mask", "h_mask": True, "lengths": PADDED, "bidirectional": True, "all_c": True},
-    {"zoneout": "mask", "h_mask": True, "batch_sizes": RAGGED, "layers": 2, "reset": 0.3},
-    {"h_mask": True, "reset": 0.3, "bidirectional": True, "layers": 2},
+    {
+        "zoneout": "mask",
+        "h_mask": True,
+        "candidate_mask": True,
+        "batch_sizes": RAGGED,
+        "layers": 2,
+        "reset": 0.3,
+    },
+    {"h_mask": True, "candidate_mask": True, "reset": 0.3, "bidirectional": True, "layers": 2},
 ]
 
 
@@ -119,7 +126,7 @@ def test_accuracy_of_sizes(cell: str, sizes: tuple[int, ...]) -> None:
 @each_cell
 @pytest.mark.parametrize("options", OPTIONS, ids=describe)
 def test_accuracy_of_structures(cell: str, options: dict[str, Any]) -> None:
-    judge_scan(cell, 5, 5, 6, 19, dtype=torch.float32, **without_h_mask(cell, options))
+    judge_scan(cell, 5, 5, 6, 19, dtype=torch.float32, **without_refused(cell, options))
 
 
 @pytest.mark.parametrize("cell", NORMED)
@@ -190,6 +197,7 @@ def test_persistent_inference_is_forward(cell: str, backend: Backend) -> None:
         ("gru", {"reset": 0.3}, "need a kernel per step"),
         ("lstm", {"zoneout": "shares"}, "need a kernel per step"),
         ("lstm", {"h_mask": True}, "need a kernel per step"),
+        ("gru", {"candidate_mask": True}, "need a kernel per step"),
         ("lstm", {"all_c": True}, "need a kernel per step"),
         ("lstm", {"H": 24}, "no multiple of 16"),
         ("lstm", {"H": 2048, "T": 1, "B": 1, "I": 1}, "do not fit"),
@@ -229,8 +237,8 @@ def ids(value: Any) -> str:
 @pytest.mark.parametrize(
     ("cell", "options"),
     [
-        *(("lstm", options) for options in OPTIONS if not options.get("zoneout")),
-        *(("layer_norm_lstm", OPTIONS[k]) for k in (4, 12)),
+        *(("lstm", options) for options in OPTIONS),
+        *(("layer_norm_lstm", OPTIONS[k]) for k in (4, 11)),
     ],
     ids=ids,
 )
@@ -250,7 +258,7 @@ def test_accuracy_with_projection(cell: str, options: dict[str, Any]) -> None:
     ids=ids,
 )
 def test_accuracy_of_types(cell: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **without_h_mask(cell, options))
+    judge_scan(cell, 5, 5, 6, 19, dtype=dtype, **without_refused(cell, options))
 
 
 CHUNKED = OPTIONS[2], OPTIONS[3], OPTIONS[4], OPTIONS[8]
@@ -297,7 +305,7 @@ def test_a_single_step(cell: str, backend: Backend) -> None:
 @pytest.mark.parametrize("options", OPTIONS[1::3], ids=describe)
 def test_calls_agree_bit_for_bit(cell: str, options: dict[str, Any], backend: Backend) -> None:
     """Again and again, and without what is saved; close on other layouts of the same numbers."""
-    args = make_arguments(cell, 5, 5, 6, 19, **without_h_mask(cell, options)).on(backend.device)
+    args = make_arguments(cell, 5, 5, 6, 19, **without_refused(cell, options)).on(backend.device)
     before = args.map(Tensor.clone)
     expected = everything(args)
     assert_same(everything(args), expected)
@@ -408,7 +416,8 @@ def test_layers(kind: str, backend: Backend) -> None:
 
 def test_layers_in_training(backend: Backend) -> None:
     """What is around the scan asks it for the same: dropout, all states, computing again."""
-    layer = fused_rnn.LSTM(6, 9, num_layers=2, dropout=0.4, zoneout=0.1, recurrent_dropout=0.2)
+    rates = {"dropout": 0.4, "zoneout": 0.1, "recurrent_dropout": 0.2, "candidate_dropout": 0.2}
+    layer = fused_rnn.LSTM(6, 9, num_layers=2, **rates)
     layer.to(backend.device)
     x = torch.randn(30, 4, 6, device=backend.device)
     lengths, reset = torch.tensor([3, 30, 11, 0]), torch.rand(30, 4) < 0.1

@@ -53,33 +53,37 @@ const A* rows(const Array<A>& array, const char* name, int count, py::ssize_t& n
 }
 
 template <class A>
-py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A> w, Array<A> prev) {
+py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A> w, Array<A> m,
+                       Array<A> prev) {
   const cpu::CellKernels& cell = cell_named(name);
   const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* px = rows(x, "x", info.gates, n);
   const A* ph = rows(h, "h", info.gates, n);
   const A* pw = rows(w, "w", info.diagonals, n);
+  const A* pm = rows(m, "m", info.candidate, n);
   const A* pprev = rows(prev, "prev", info.states, n);
   Array<A> state({py::ssize_t(info.states), n}), saved({py::ssize_t(info.saved), n});
-  functions(cell, A{}).forward(n, px, ph, pw, pprev, state.mutable_data(), saved.mutable_data());
+  functions(cell, A{}).forward(n, px, ph, pw, pm, pprev, state.mutable_data(),
+                               saved.mutable_data());
   return py::make_tuple(state, saved);
 }
 
 template <class A>
-py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> w, Array<A> prev,
-                        Array<A> state, Array<A> d_state) {
+py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> w, Array<A> m,
+                        Array<A> prev, Array<A> state, Array<A> d_state) {
   const cpu::CellKernels& cell = cell_named(name);
   const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* pprev = rows(prev, "prev", info.states, n);
   const A* psaved = rows(saved, "saved", info.saved, n);
   const A* pw = rows(w, "w", info.diagonals, n);
+  const A* pm = rows(m, "m", info.candidate, n);
   const A* pstate = rows(state, "state", info.states, n);
   const A* pd_state = rows(d_state, "d_state", info.states, n);
   Array<A> dx({py::ssize_t(info.gates), n}), dh({py::ssize_t(info.gates), n}),
       d_prev({py::ssize_t(info.states), n}), dw({py::ssize_t(info.diagonals), n});
-  functions(cell, A{}).backward(n, psaved, pw, pprev, pstate, pd_state, dx.mutable_data(),
+  functions(cell, A{}).backward(n, psaved, pw, pm, pprev, pstate, pd_state, dx.mutable_data(),
                                 dh.mutable_data(), d_prev.mutable_data(), dw.mutable_data());
   return py::make_tuple(dx, dh, d_prev, dw);
 }
@@ -290,7 +294,8 @@ PYBIND11_MODULE(_C, m) {
                           {"diagonals", info.diagonals},
                           {"recurrent", info.recurrent},
                           {"norm_gates", info.norm_gates},
-                          {"normed_operand", info.normed_operand}};
+                          {"normed_operand", info.normed_operand},
+                          {"candidate", info.candidate}};
     }
     return cells;
   });
@@ -310,15 +315,17 @@ PYBIND11_MODULE(_C, m) {
   // Architectures that there are kernels for, or why there are none.
   m.def("cuda", [] { return py::make_tuple(FUSED_RNN_CUDA_ARCHITECTURES, FUSED_RNN_CUDA_OFF); });
   m.def("cell_forward", &cell_forward<float>, py::arg("cell"), py::arg("x").noconvert(),
-        py::arg("h").noconvert(), py::arg("w").noconvert(), py::arg("prev").noconvert());
+        py::arg("h").noconvert(), py::arg("w").noconvert(), py::arg("m").noconvert(),
+        py::arg("prev").noconvert());
   m.def("cell_forward", &cell_forward<double>, py::arg("cell"), py::arg("x").noconvert(),
-        py::arg("h").noconvert(), py::arg("w").noconvert(), py::arg("prev").noconvert());
+        py::arg("h").noconvert(), py::arg("w").noconvert(), py::arg("m").noconvert(),
+        py::arg("prev").noconvert());
   m.def("cell_backward", &cell_backward<float>, py::arg("cell"), py::arg("saved").noconvert(),
-        py::arg("w").noconvert(), py::arg("prev").noconvert(), py::arg("state").noconvert(),
-        py::arg("d_state").noconvert());
+        py::arg("w").noconvert(), py::arg("m").noconvert(), py::arg("prev").noconvert(),
+        py::arg("state").noconvert(), py::arg("d_state").noconvert());
   m.def("cell_backward", &cell_backward<double>, py::arg("cell"), py::arg("saved").noconvert(),
-        py::arg("w").noconvert(), py::arg("prev").noconvert(), py::arg("state").noconvert(),
-        py::arg("d_state").noconvert());
+        py::arg("w").noconvert(), py::arg("m").noconvert(), py::arg("prev").noconvert(),
+        py::arg("state").noconvert(), py::arg("d_state").noconvert());
   m.def("math", &math<float>, py::arg("name"), py::arg("x").noconvert());
   m.def("math", &math<double>, py::arg("name"), py::arg("x").noconvert());
   m.def("tile_rate", &tile_rate, py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -209,10 +209,11 @@ struct Controls {
   double zoneout_h;
   double zoneout_c;
   MaybeView h_mask;
+  MaybeView candidate_mask;
   bool all_c;
 };
 const MaybeTensor kNone;
-const Controls kNoControls{{}, {}, false, {}, 0.0, 0.0, {}, false};
+const Controls kNoControls{{}, {}, false, {}, 0.0, 0.0, {}, {}, false};
 
 // A call that has been understood: sizes, and every tensor argument checked.
 class Call {
@@ -504,20 +505,26 @@ class Call {
       check(share >= 0.0 && share <= 1.0, "zoneout must be between 0 and 1, got ", share);
     std::copy(shares, shares + 2, stack.zoneout);
     if (controls.zoneout_mask) {
-      const int64_t features = kernels->info.states * stack.H;
+      const int64_t features = stack.R + (has_c() ? stack.H : 0);
       const Shape rows{stack.layers * stack.dirs, rows_, features};
       const void* mask =
           checked_contiguous(*controls.zoneout_mask, "zoneout_mask",
-                             "[num_layers * directions, N, states * H]", rows, ScalarType::Bool);
+                             "[num_layers * directions, N, R (+ H for c)]", rows, ScalarType::Bool);
       stack.zoneout_mask = {const_cast<void*>(mask), stack.steps.B * features, features, packed_};
       stack.zoneout_plane = rows_ * features;
     }
-    check(!stack.zoned() || !stack.projected(), "zoneout does not go with a projection");
-    if (!controls.h_mask) return;
-    check(kernels->info.recurrent && !kernels->info.two_products(), "cell '", kernels->info.name,
-          "' has no product of W_hh with h alone, which h_mask could change");
-    stack.h_mask = checked_contiguous(*controls.h_mask, "h_mask", "[num_layers * directions, B, R]",
-                                      h_shape(), type);
+    if (controls.h_mask) {
+      check(kernels->info.recurrent, "cell '", kernels->info.name,
+            "' has no W_hh that h_mask could hide units of h from");
+      stack.h_mask = checked_contiguous(*controls.h_mask, "h_mask",
+                                        "[num_layers * directions, B, R]", h_shape(), type);
+    }
+    if (controls.candidate_mask) {
+      check(kernels->info.candidate, "cell '", kernels->info.name,
+            "' has no candidate that candidate_mask could change");
+      stack.candidate_mask = checked_contiguous(*controls.candidate_mask, "candidate_mask",
+                                                "[num_layers * directions, B, H]", c_shape(), type);
+    }
   }
 
   void read_weights(const Views& weights) {
@@ -736,10 +743,12 @@ AllResults frozen_controlled(const std::string& cell, const Tensor& input,
                              bool bidirectional, bool batch_first, const MaybeTensor& lengths,
                              const MaybeTensor& reset, bool reset_to_initial,
                              const MaybeTensor& zoneout_mask, double zoneout_h, double zoneout_c,
-                             const MaybeTensor& h_mask, bool all_c) {
+                             const MaybeTensor& h_mask, const MaybeTensor& candidate_mask,
+                             bool all_c) {
   const FrozenSizes sizes{hidden_size, proj_size};
   Call call({cell, input, batch_sizes, h0, c0, packed, num_layers, bidirectional, batch_first},
-            {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask, all_c},
+            {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask,
+             candidate_mask, all_c},
             &sizes);
   Outputs out = run_forward(call, false);
   return {std::move(out.output), std::move(out.h_n), std::move(out.c_n),
@@ -842,9 +851,10 @@ AllResults inference_controlled(const std::string& cell, const Tensor& input,
                                 const MaybeTensor& lengths, const MaybeTensor& reset,
                                 bool reset_to_initial, const MaybeTensor& zoneout_mask,
                                 double zoneout_h, double zoneout_c, const MaybeTensor& h_mask,
-                                bool all_c) {
+                                const MaybeTensor& candidate_mask, bool all_c) {
   Call call({cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first},
-            {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask, all_c});
+            {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask,
+             candidate_mask, all_c});
   Outputs out = run_forward(call, false);
   return {std::move(out.output), std::move(out.h_n), std::move(out.c_n),
           out.all_c ? *std::move(out.all_c) : call.nothing()};
@@ -865,9 +875,10 @@ AllSaved forward_controlled(const std::string& cell, const Tensor& input,
                             const MaybeTensor& lengths, const MaybeTensor& reset,
                             bool reset_to_initial, const MaybeTensor& zoneout_mask,
                             double zoneout_h, double zoneout_c, const MaybeTensor& h_mask,
-                            bool all_c) {
+                            const MaybeTensor& candidate_mask, bool all_c) {
   Call call({cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first},
-            {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask, all_c});
+            {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask,
+             candidate_mask, all_c});
   Outputs out = run_forward(call, true);
   return {std::move(out.output), std::move(out.h_n), std::move(out.c_n),
           out.all_c ? *std::move(out.all_c) : call.nothing(), *std::move(out.saved)};
@@ -883,22 +894,21 @@ Gradients backward(const MaybeTensor& d_output, const MaybeTensor& d_h_n, const 
       {cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first}, saved,
       {need_input, need_state, need_weights}, kNoControls);
 }
-Gradients backward_controlled(const MaybeTensor& d_output, const MaybeTensor& d_h_n,
-                              const MaybeTensor& d_c_n, const MaybeTensor& d_all_c,
-                              const std::string& cell, const Tensor& input,
-                              const MaybeTensor& batch_sizes, const MaybeTensor& h0,
-                              const MaybeTensor& c0, const std::vector<Tensor>& weights,
-                              int64_t num_layers, bool bidirectional, bool batch_first,
-                              const Tensor& saved, bool need_input, bool need_state,
-                              bool need_weights, const MaybeTensor& lengths,
-                              const MaybeTensor& reset, bool reset_to_initial,
-                              const MaybeTensor& zoneout_mask, double zoneout_h, double zoneout_c,
-                              const MaybeTensor& h_mask, bool all_c) {
+Gradients backward_controlled(
+    const MaybeTensor& d_output, const MaybeTensor& d_h_n, const MaybeTensor& d_c_n,
+    const MaybeTensor& d_all_c, const std::string& cell, const Tensor& input,
+    const MaybeTensor& batch_sizes, const MaybeTensor& h0, const MaybeTensor& c0,
+    const std::vector<Tensor>& weights, int64_t num_layers, bool bidirectional, bool batch_first,
+    const Tensor& saved, bool need_input, bool need_state, bool need_weights,
+    const MaybeTensor& lengths, const MaybeTensor& reset, bool reset_to_initial,
+    const MaybeTensor& zoneout_mask, double zoneout_h, double zoneout_c, const MaybeTensor& h_mask,
+    const MaybeTensor& candidate_mask, bool all_c) {
   return run_backward(
       {d_output, d_h_n, d_c_n, d_all_c},
       {cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first}, saved,
       {need_input, need_state, need_weights},
-      {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask, all_c});
+      {lengths, reset, reset_to_initial, zoneout_mask, zoneout_h, zoneout_c, h_mask, candidate_mask,
+       all_c});
 }
 
 }  // namespace
@@ -932,7 +942,7 @@ void infer(const std::string& cell, const View& input, const MaybeView& h0, cons
   "int num_layers, bool bidirectional, bool batch_first"
 #define FUSED_RNN_CONTROLS                                                        \
   "Tensor? lengths, Tensor? reset, bool reset_to_initial, Tensor? zoneout_mask, " \
-  "float zoneout_h, float zoneout_c, Tensor? h_mask, bool all_c"
+  "float zoneout_h, float zoneout_c, Tensor? h_mask, Tensor? candidate_mask, bool all_c"
 #define FUSED_RNN_FROZEN                                                                   \
   "str cell, Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] packed, " \
   "int hidden_size, int proj_size, int num_layers, bool bidirectional, bool batch_first"

@@ -5,7 +5,8 @@
 namespace fused_rnn {
 
 // Long short-term memory (Hochreiter and Schmidhuber, 1997) with a forget gate (Gers, Schmidhuber
-// and Cummins, 2000) and without peepholes. With a = x + h:
+// and Cummins, 2000) and without peepholes. With a = x + h, and in all LSTMs here m g in the place
+// of g where the candidate is dropped out:
 //
 //   i = sigmoid(a_i)    f = sigmoid(a_f)    g = tanh(a_g)    o = sigmoid(a_o)
 //   c' = f c + i g
@@ -18,15 +19,16 @@ struct LSTM : CellDefaults {
   static constexpr int kStates = 2;
   static constexpr int kSaved = 4;  // the activated gates; tanh(c') is computed again from c'
   static constexpr bool kSumsGates = true;
+  static constexpr bool kCandidate = true;
 
-  template <class V>
-  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* prev, V* state,
+  template <class V, class W>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const W& w, const V* prev, V* state,
                                    V* saved) {
     const V i = math::sigmoid(x[I] + h[I]);
     const V f = math::sigmoid(x[F] + h[F]);
     const V g = math::tanh(x[G] + h[G]);
     const V o = math::sigmoid(x[O] + h[O]);
-    const V c = math::sum_of_products(f, prev[C], i, g);
+    const V c = math::sum_of_products(f, prev[C], i, masked(w, g));
     state[H] = o * math::tanh(c);
     state[C] = c;
     saved[I] = i;
@@ -35,17 +37,17 @@ struct LSTM : CellDefaults {
     saved[O] = o;
   }
 
-  template <class V>
-  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* prev, const V* state,
+  template <class V, class W>
+  FUSED_RNN_HD static void backward(const V* saved, const W& w, const V* prev, const V* state,
                                     const V* d_state, V* dx, V* /*dh*/, V* d_prev, V* /*dw*/) {
     const V i = saved[I], f = saved[F], g = saved[G], o = saved[O];
     const V c_before = prev[C];
     const V tanh_c = math::tanh(state[C]);
     const V dh = d_state[H];
     const V dc = d_state[C] + dh * o * (1 - tanh_c) * (1 + tanh_c);
-    dx[I] = dc * g * i * (1 - i);
+    dx[I] = dc * masked(w, g) * i * (1 - i);
     dx[F] = dc * c_before * f * (1 - f);
-    dx[G] = dc * i * (1 - g) * (1 + g);
+    dx[G] = dc * masked(w, i) * (1 - g) * (1 + g);
     dx[O] = dh * tanh_c * o * (1 - o);
     d_prev[H] = V{};
     d_prev[C] = dc * f;
@@ -69,14 +71,15 @@ struct PeepholeLSTM : CellDefaults {
   static constexpr int kSaved = 4;
   static constexpr int kDiagonals = 3;
   static constexpr bool kSumsGates = true;
+  static constexpr bool kCandidate = true;
 
-  template <class V>
-  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* w, const V* prev, V* state,
+  template <class V, class W>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const W& w, const V* prev, V* state,
                                    V* saved) {
     const V i = math::sigmoid(x[I] + h[I] + w[WI] * prev[C]);
     const V f = math::sigmoid(x[F] + h[F] + w[WF] * prev[C]);
     const V g = math::tanh(x[G] + h[G]);
-    const V c = math::sum_of_products(f, prev[C], i, g);
+    const V c = math::sum_of_products(f, prev[C], i, masked(w, g));
     const V o = math::sigmoid(x[O] + h[O] + w[WO] * c);
     state[H] = o * math::tanh(c);
     state[C] = c;
@@ -86,8 +89,8 @@ struct PeepholeLSTM : CellDefaults {
     saved[O] = o;
   }
 
-  template <class V>
-  FUSED_RNN_HD static void backward(const V* saved, const V* w, const V* prev, const V* state,
+  template <class V, class W>
+  FUSED_RNN_HD static void backward(const V* saved, const W& w, const V* prev, const V* state,
                                     const V* d_state, V* dx, V* /*dh*/, V* d_prev, V* dw) {
     const V i = saved[I], f = saved[F], g = saved[G], o = saved[O];
     const V c_before = prev[C], c = state[C];
@@ -95,11 +98,11 @@ struct PeepholeLSTM : CellDefaults {
     const V dh = d_state[H];
     const V d_o = dh * tanh_c * o * (1 - o);
     const V dc = d_state[C] + dh * o * (1 - tanh_c) * (1 + tanh_c) + d_o * w[WO];
-    const V di = dc * g * i * (1 - i);
+    const V di = dc * masked(w, g) * i * (1 - i);
     const V df = dc * c_before * f * (1 - f);
     dx[I] = di;
     dx[F] = df;
-    dx[G] = dc * i * (1 - g) * (1 + g);
+    dx[G] = dc * masked(w, i) * (1 - g) * (1 + g);
     dx[O] = d_o;
     d_prev[H] = V{};
     d_prev[C] = dc * f + di * w[WI] + df * w[WF];
@@ -123,14 +126,16 @@ struct CoupledLSTM : CellDefaults {
   static constexpr int kStates = 2;
   static constexpr int kSaved = 3;
   static constexpr bool kSumsGates = true;
+  static constexpr bool kCandidate = true;
 
-  template <class V>
-  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* prev, V* state,
+  template <class V, class W>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const W& w, const V* prev, V* state,
                                    V* saved) {
     const V f = math::sigmoid(x[F] + h[F]);
     const V g = math::tanh(x[G] + h[G]);
     const V o = math::sigmoid(x[O] + h[O]);
-    const V c = g + f * (prev[C] - g);
+    const V kept = masked(w, g);
+    const V c = kept + f * (prev[C] - kept);
     state[H] = o * math::tanh(c);
     state[C] = c;
     saved[F] = f;
@@ -138,15 +143,15 @@ struct CoupledLSTM : CellDefaults {
     saved[O] = o;
   }
 
-  template <class V>
-  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* prev, const V* state,
+  template <class V, class W>
+  FUSED_RNN_HD static void backward(const V* saved, const W& w, const V* prev, const V* state,
                                     const V* d_state, V* dx, V* /*dh*/, V* d_prev, V* /*dw*/) {
     const V f = saved[F], g = saved[G], o = saved[O];
     const V tanh_c = math::tanh(state[C]);
     const V dh = d_state[H];
     const V dc = d_state[C] + dh * o * (1 - tanh_c) * (1 + tanh_c);
-    dx[F] = dc * (prev[C] - g) * f * (1 - f);
-    dx[G] = dc * (1 - f) * (1 - g) * (1 + g);
+    dx[F] = dc * (prev[C] - masked(w, g)) * f * (1 - f);
+    dx[G] = dc * masked(w, 1 - f) * (1 - g) * (1 + g);
     dx[O] = dh * tanh_c * o * (1 - o);
     d_prev[H] = V{};
     d_prev[C] = dc * f;
@@ -172,18 +177,19 @@ struct LayerNormLSTM : CellDefaults {
   static constexpr int kStates = 2;
   static constexpr int kSaved = 5;
   static constexpr bool kSumsGates = true;
+  static constexpr bool kCandidate = true;
 
-  template <class V>
-  FUSED_RNN_HD static V operand(const V* x, const V* h, const V* prev, V* first) {
+  template <class V, class W>
+  FUSED_RNN_HD static V operand(const V* x, const V* h, const W& w, const V* prev, V* first) {
     first[I] = math::sigmoid(x[I] + h[I]);
     first[F] = math::sigmoid(x[F] + h[F]);
     first[G] = math::tanh(x[G] + h[G]);
     first[O] = math::sigmoid(x[O] + h[O]);
-    return saved_operand(first, prev);
+    return saved_operand(first, w, prev);
   }
 
-  template <class V>
-  FUSED_RNN_HD static void forward(const V* x, const V* h, const V* /*w*/, const V* /*prev*/,
+  template <class V, class W>
+  FUSED_RNN_HD static void forward(const V* x, const V* h, const W& /*w*/, const V* /*prev*/,
                                    V* state, V* saved) {
     const V tanh_c = math::tanh(h[kNormed]);
     for (int g = 0; g < kGates; ++g) saved[g] = x[g];
@@ -192,13 +198,13 @@ struct LayerNormLSTM : CellDefaults {
     state[C] = h[kAsItWas];
   }
 
-  template <class V>
-  FUSED_RNN_HD static V saved_operand(const V* saved, const V* prev) {
-    return math::sum_of_products(saved[F], prev[C], saved[I], saved[G]);
+  template <class V, class W>
+  FUSED_RNN_HD static V saved_operand(const V* saved, const W& w, const V* prev) {
+    return math::sum_of_products(saved[F], prev[C], saved[I], masked(w, saved[G]));
   }
 
-  template <class V>
-  FUSED_RNN_HD static void backward(const V* saved, const V* /*w*/, const V* /*prev*/,
+  template <class V, class W>
+  FUSED_RNN_HD static void backward(const V* saved, const W& /*w*/, const V* /*prev*/,
                                     const V* /*state*/, const V* d_state, V* dx, V* dh, V* d_prev,
                                     V* /*dw*/) {
     const V o = saved[O], tanh_c = saved[kTanh];
@@ -210,13 +216,13 @@ struct LayerNormLSTM : CellDefaults {
     d_prev[C] = V{};
   }
 
-  template <class V>
-  FUSED_RNN_HD static void operand_backward(const V* saved, const V* prev, V dc, V* dx, V* /*dh*/,
-                                            V* d_prev) {
+  template <class V, class W>
+  FUSED_RNN_HD static void operand_backward(const V* saved, const W& w, const V* prev, V dc, V* dx,
+                                            V* /*dh*/, V* d_prev) {
     const V i = saved[I], f = saved[F], g = saved[G];
-    dx[I] = dc * g * i * (1 - i);
+    dx[I] = dc * masked(w, g) * i * (1 - i);
     dx[F] = dc * prev[C] * f * (1 - f);
-    dx[G] = dc * i * (1 - g) * (1 + g);
+    dx[G] = dc * masked(w, i) * (1 - g) * (1 + g);
     d_prev[C] += dc * f;
   }
 };

@@ -17,8 +17,9 @@ using Cells = TypeList<LSTM, PeepholeLSTM, CoupledLSTM, LayerNormLSTM, GRU, GRUR
 
 template <Cell C>
 FUSED_RNN_INLINE constexpr CellInfo info_of() {
-  return {C::kName,       C::kGates,     C::kStates,    C::kSaved,     C::kDiagonals,
-          C::kFirstGates, C::kRecurrent, C::kSumsGates, C::kNormGates, C::kNormedOperand};
+  return {C::kName,      C::kGates,         C::kStates,    C::kSaved,
+          C::kDiagonals, C::kFirstGates,    C::kRecurrent, C::kSumsGates,
+          C::kNormGates, C::kNormedOperand, C::kCandidate};
 }
 
 template <Cell C>

@@ -30,6 +30,7 @@ struct CellInfo {
   bool sums_gates;
   int norm_gates;
   bool normed_operand;
+  bool candidate;
 
   constexpr bool two_products() const { return first_gates > 0 && !normed_operand; }
   // Gains of the gates from x and of those from h, then gain and shift of the operand.
@@ -117,11 +118,12 @@ struct Stack {
   Sequence reset;
   bool reset_to_initial = false;  // it begins with h0 and c0 instead of zeros
   // Zoneout: the share of h and c that stays what it was, or where there is a mask, the units of
-  // which all does. uint8 [T, B, S*H] in each of L*D planes.
+  // which all does. uint8 [T, B, R + H], or [T, B, H] without c, in each of L*D planes.
   double zoneout[2] = {0.0, 0.0};
   Sequence zoneout_mask;
-  int64_t zoneout_plane = 0;     // elements of a plane
-  const void* h_mask = nullptr;  // [L*D, B, R]: multiplies h wherever W_hh does
+  int64_t zoneout_plane = 0;             // elements of a plane
+  const void* h_mask = nullptr;          // [L*D, B, R]: multiplies h wherever W_hh does
+  const void* candidate_mask = nullptr;  // [L*D, B, H]: multiplies the cell's candidate
   bool zoned() const { return zoneout_mask.data || zoneout[0] != 0.0 || zoneout[1] != 0.0; }
   bool projected() const { return weights[0].hr != nullptr; }
   bool frozen() const { return weights[0].packed != nullptr; }
@@ -130,10 +132,11 @@ struct Stack {
 };
 
 // Values kept for backward per unit and row: the states, what the cell saves, and where they are
-// not the states the cell's own results: h before a projection, h and c before zoneout. Where gates
-// are normalised, at last the products from x and those from h, before that.
+// not the states the cell's own results: h before a projection, h and c before zoneout (with both
+// h before both). Where gates are normalised, at last the products from x and those from h, before
+// that.
 FUSED_RNN_INLINE int64_t saved_slots(const Stack& stack, const CellInfo& cell) {
-  const int own = stack.projected() ? 1 : stack.zoned() ? cell.states : 0;
+  const int own = stack.zoned() ? cell.states : stack.projected() ? 1 : 0;
   return cell.states + cell.saved + own + (cell.norm_gates ? 2 * cell.gates : 0);
 }
 

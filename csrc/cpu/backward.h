@@ -62,6 +62,7 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.d_h0 = arena.take<A>(adds_up ? steps_.B * Rp_ : 0);
       dir.d_c0 = arena.take<A>(adds_up && has_c() ? steps_.B * Hp_ : 0);
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
+      dir.candidate_mask = arena.take<A>(p_.candidate_mask ? steps_.B * Hp_ : 0);
       dir.d_masked = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       dir.d_operand = arena.take<A>(steps_.B * operand_size());
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
@@ -70,11 +71,11 @@ class BackwardScan : Scan<BackwardProblem> {
       if constexpr (kRounds) {
         dir.operand_x = arena.take<O>(chunk_rows * ldg_);
         dir.operand_h = same_gates ? dir.operand_x : arena.take<O>(chunk_rows * ldg_);
-        dir.operand_r = arena.take<O>(p_.projected() ? steps_.B * Rp_ : 0);
+        dir.operand_r = arena.take<O>(p_.projected() ? steps_.B * (Rp_ + kSkew) : 0);
       } else {
         dir.operand_x = dir.gates_x;
         dir.operand_h = dir.gates_h;
-        dir.operand_r = dir.dh;
+        dir.operand_r = nullptr;
       }
       dir.x = arena.take<A>(weights ? chunk_rows * pad_units(widest_) : 0);
       dir.h = arena.take<A>(weights && info_.recurrent ? chunk_rows * Rp_ : 0);
@@ -113,28 +114,29 @@ class BackwardScan : Scan<BackwardProblem> {
 
  private:
   struct Direction {
-    W* packed_ih;      // panels of [G*Hp, I]
-    W* packed_hh;      // panels of [first gates * Hp, R]
-    W* packed_second;  // panels of [other gates * Hp, R], where a cell has two products
-    W* packed_hr;      // panels of [Rp, H]
-    A* diag;           // [P, Hp]
-    A* zeros;          // [Hp], a state after a reset
-    A* h_mask;         // [B, Rp]
-    A* d_masked;       // [B, Rp]: gradient of h times its mask
-    A* h0;             // [B, Rp]
-    A* c0;             // [B, Hp]
-    A* dh;             // [B, Rp]: gradient of the state between two steps
-    A* dc;             // [B, Hp]
-    A* d_h0;           // [B, Rp]
-    A* d_c0;           // [B, Hp]
-    A* d_operand;      // [B, Hp]; of a norm [B, 3, Hp]: normalised, as it was, and its value
+    W* packed_ih;       // panels of [G*Hp, I]
+    W* packed_hh;       // panels of [first gates * Hp, R]
+    W* packed_second;   // panels of [other gates * Hp, R], where a cell has two products
+    W* packed_hr;       // panels of [Rp, H]
+    A* diag;            // [P, Hp]
+    A* zeros;           // [Hp], a state after a reset
+    A* h_mask;          // [B, Rp]
+    A* candidate_mask;  // [B, Hp]
+    A* d_masked;        // [B, Rp]: gradient of h times its mask
+    A* h0;              // [B, Rp]
+    A* c0;              // [B, Hp]
+    A* dh;              // [B, Rp]: gradient of the state between two steps
+    A* dc;              // [B, Hp]
+    A* d_h0;            // [B, Rp]
+    A* d_c0;            // [B, Hp]
+    A* d_operand;       // [B, Hp]; of a norm [B, 3, Hp]: normalised, as it was, and its value
     A* gates_x;    // [chunk rows, ldg]: gradient of W_ih x, gates of Hp units one after another,
                    // behind them that of diagonals and gains, and where gates are normalised
                    // that of W_ih x after it, which is that of the bias
     A* gates_h;    // the same of W_hh h
     O* operand_x;  // what of them is multiplied by weights: the same, or rounded
     O* operand_h;
-    O* operand_r;      // [B, Rp], likewise of dh, where W_hr is multiplied by it
+    O* operand_r;      // [B, R + skew], likewise of a step's d_projected, where it is rounded
     A* x;              // panels of [chunk rows, I]
     A* h;              // panels of [chunk rows, R]: h before each step
     A* operand;        // panels of [chunk rows, H]
@@ -285,6 +287,8 @@ class BackwardScan : Scan<BackwardProblem> {
       copy_row(row(p_.h0, b, p_.R), p_.R, Rp_, dir.h0 + b * Rp_);
       copy_row(row(p_.d_h_n, b, p_.R), p_.R, Rp_, dir.dh + b * Rp_);
       if (dir.h_mask) copy_row(row(p_.h_mask, b, p_.R), p_.R, Rp_, dir.h_mask + b * Rp_);
+      if (dir.candidate_mask)
+        copy_row(row(p_.candidate_mask, b, p_.H), p_.H, Hp_, dir.candidate_mask + b * Hp_);
       if (dir.d_h0) copy_row<A>(nullptr, 0, Rp_, dir.d_h0 + b * Rp_);
       if (has_c()) {
         copy_row(row(p_.c0, b, p_.H), p_.H, Hp_, dir.c0 + b * Hp_);
@@ -347,7 +351,7 @@ class BackwardScan : Scan<BackwardProblem> {
       for (int64_t u = member.units.begin; u < member.units.end; u += L)
         store(dc + u, load(dc + u) + load_partial(d_c + u, p_.H - u));
     }
-    if (p_.projected()) unproject(task, member.rows.begin, end, chunk, t);
+    if (p_.projected()) unproject(task, member, end, chunk, t);
 
     for (int64_t b = member.rows.begin; b < end; ++b) {
       const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
@@ -426,6 +430,8 @@ class BackwardScan : Scan<BackwardProblem> {
     at.h_before = p_.projected() ? nullptr : before.h;
     at.c_before = before.c;
     at.w = dir.diag;
+    at.h_mask = dir.h_mask ? dir.h_mask + b * Rp_ : nullptr;
+    at.candidate_mask = dir.candidate_mask ? dir.candidate_mask + b * Hp_ : nullptr;
     at.dh = p_.projected() ? dir.d_unprojected + b * Hp_ : dir.dh + b * Rp_;
     at.dc = has_c() ? dir.dc + b * Hp_ : nullptr;
     at.gates_x = dir.gates_x + gates;
@@ -436,7 +442,8 @@ class BackwardScan : Scan<BackwardProblem> {
       if (p_.zoneout_mask.data)
         at.zoneout_mask = static_cast<const uint8_t*>(p_.zoneout_mask.data) +
                           task.plane * p_.zoneout_plane + p_.zoneout_mask.at(steps_, t, b);
-      at.zoneout_state = at.valid = p_.H;
+      at.zoneout_state = p_.R;
+      at.valid_c = p_.H;
     }
     at.d_operand = dir.d_operand ? dir.d_operand + b * operand_size() : nullptr;
     return at;
@@ -462,20 +469,38 @@ class BackwardScan : Scan<BackwardProblem> {
   }
 
   // Through h = W_hr m, m the cell's own output. Keeps dh of the chunk for the gradient of W_hr.
-  void unproject(const Task& task, int64_t begin, int64_t end, const Chunk& chunk, int64_t t) {
+  void unproject(const Task& task, const Member& member, int64_t end, const Chunk& chunk,
+                 int64_t t) {
+    const int64_t begin = member.rows.begin;
     Direction& dir = *task.dir;
-    for (int64_t i = begin * Rp_; kRounds && i < end * Rp_; i += L)
-      store(dir.operand_r + i, load(dir.dh + i));
+    const int64_t ld = Rp_ + kSkew;
+    A* const d_projected = dir.d_projected + chunk.row(t, begin) * ld;
+    for (int64_t b = begin; b < end; ++b) {
+      const BackwardRow<A> at =
+          p_.zoned() ? row_of_step(task, member, chunk, t, b) : BackwardRow<A>{};
+      A* dh = dir.dh + b * Rp_;
+      for (int64_t u = 0; u < Rp_; u += L) {
+        const Vector<A> d = load(dh + u);
+        const Vector<A> kept = p_.zoned() ? d * zoneout_share(at, 0, u, p_.R - u) : Vector<A>{};
+        store(d_projected + (b - begin) * ld + u, d - kept);
+        store(dh + u, kept);
+      }
+    }
+    const O* operand;
+    if constexpr (kRounds) {
+      O* rounded = dir.operand_r + begin * ld;
+      for (int64_t m = 0; m < end - begin; ++m)
+        for (int64_t u = m * ld; u < m * ld + Rp_; u += L)
+          store(rounded + u, load(d_projected + u));
+      operand = rounded;
+    } else {
+      operand = d_projected;
+    }
     const int64_t at_once = dir.packed_hr ? end - begin : 0;
     for_panels_at_once<A>(at_once, 1, 0, Hp_, [&](int64_t column, int vectors, int panels) {
-      times(end - begin, 1, p_.R, p_.H, dir.operand_r + begin * Rp_, Rp_, task.weights.hr,
-            dir.packed_hr, column, vectors, panels, nullptr, 0,
-            dir.d_unprojected + begin * Hp_ + column, Hp_);
+      times(end - begin, 1, p_.R, p_.H, operand, ld, task.weights.hr, dir.packed_hr, column,
+            vectors, panels, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
     });
-    for (int64_t b = begin; b < end; ++b) {
-      copy_row<A>(dir.dh + b * Rp_, Rp_, Rp_, dir.d_projected + chunk.row(t, b) * (Rp_ + kSkew));
-      copy_row<A>(nullptr, 0, Rp_, dir.dh + b * Rp_);
-    }
   }
 
   // out[m, column...] = a[m, :] W + add for a panel of columns of W[gates*units, N], or two packed

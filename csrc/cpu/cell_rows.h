@@ -2,6 +2,8 @@
 // are compiled once for each storage type and not for each cell.
 #pragma once
 
+#include <type_traits>
+
 #include "../cells/registry.h"
 #include "../core/problem.h"
 #include "simd.h"
@@ -18,15 +20,16 @@ struct ForwardStep {
   int64_t ldx;
   const A* w;  // [P] diagonals
   int64_t w_stride;
-  const O* before;  // h before the step; null where a projection follows, which only LSTMs have
+  const O* before;  // h before the step
   O* after;         // h after it, as the output holds it
   int64_t ld_state;
   A* c;  // null for a cell without
   int64_t ldc;
-  O* own;          // the cell's own h where a projection follows, else null
-  O* operand;      // of the second product, where there is one
-  int64_t ld_own;  // of both
-  A* normed;       // the operand of a norm, normalised, and one slot further as it was
+  O* own;      // the cell's own h where a projection follows, which only LSTMs have, else null
+  O* operand;  // of the second product, where there is one
+  const A* candidate_mask;  // or null
+  int64_t ld_own;           // of the three
+  A* normed;                // the operand of a norm, normalised, and one slot further as it was
   int64_t ld_normed;
   S* y;  // the output
   int64_t ldy;
@@ -35,11 +38,13 @@ struct ForwardStep {
   int64_t valid;           // units of y
   S* all_c;                // c for the caller, null when not wanted
   int64_t ld_all_c, valid_c;
-  const A* h_mask;  // [rows, ld_state] what h is multiplied by for W_hh, into `masked`; or null
+  const A* h_mask;  // [rows, ld_state] what h is multiplied by for W_hh, into `masked`, and the
+                    // operand of a second product; or null
   O* masked;
   bool zoned;
   A zoneout[2];                 // the share of h and c that stays
-  const uint8_t* zoneout_mask;  // or which units of them, [S*H] of a row; null where there is none
+  const uint8_t* zoneout_mask;  // or which units of them, of a row those of h and then those of c;
+                                // null where there is none
   int64_t ld_zoneout, zoneout_state;
   A* saved;  // slots of a row, `slot` apart; null in inference
   int64_t ld_saved, slot;
@@ -62,23 +67,25 @@ struct Tile {
 // One step of one row, backwards. Pointers stand at the row and at unit 0.
 template <class A>
 struct BackwardRow {
-  int64_t begin, end;  // units
-  int64_t slot;        // between gates, states and saved values
-  const A* saved;      // what the cell saved
-  const A* states;     // after the step
-  const A* h_before;   // null where a projection follows
-  const A* c_before;   // null for a cell without c
-  const A* w;          // [P] diagonals
-  A* dh;               // gradient of the h after the step, then of that before
-  A* dc;               // the same of c
-  A* gates_x;          // gradients of the pre-activations, and behind them those of w
-  A* gates_h;          // the same pointer where x and h are summed
-  A* d_operand;        // of the second product, where there is one; of a norm like the operand
-  const A* own;        // the cell's own states where zoneout made others of them, else null
+  int64_t begin, end;       // units
+  int64_t slot;             // between gates, states and saved values
+  const A* saved;           // what the cell saved
+  const A* states;          // after the step
+  const A* h_before;        // null where a projection follows
+  const A* c_before;        // null for a cell without c
+  const A* w;               // [P] diagonals
+  const A* h_mask;          // what the operand of a second product was multiplied by, or null
+  const A* candidate_mask;  // or null
+  A* dh;                    // gradient of the h after the step, then of that before
+  A* dc;                    // the same of c
+  A* gates_x;               // gradients of the pre-activations, and behind them those of w
+  A* gates_h;               // the same pointer where x and h are summed
+  A* d_operand;             // of the second product, where there is one; of a norm like the operand
+  const A* own;             // the cell's own states where zoneout made others of them, else null
   A zoneout[2];
   const uint8_t* zoneout_mask;
   int64_t zoneout_state;
-  int64_t valid;  // units of a row
+  int64_t valid_c;  // units of a row
 };
 
 template <class S>
@@ -115,6 +122,13 @@ FUSED_RNN_INLINE Vector<A> load_mask(const uint8_t* mask, int64_t n) {
   return load(lanes);
 }
 
+// The share of state `s` that zoneout keeps, of the units from u on; n are valid.
+template <class A>
+FUSED_RNN_INLINE Vector<A> zoneout_share(const BackwardRow<A>& at, int s, int64_t u, int64_t n) {
+  if (!at.zoneout_mask) return Vector<A>{} + at.zoneout[s];
+  return load_mask<A>(at.zoneout_mask + s * at.zoneout_state + u, n);
+}
+
 // Vectors of units that are equally far from one another.
 struct Line {
   int64_t count;
@@ -137,24 +151,31 @@ FUSED_RNN_INLINE void for_lines(const Tile<A>& tile, int64_t ldx, int64_t panel_
     }
 }
 
+// What state `s` becomes by zoneout, for a row and the units from u on; n are valid.
+template <class S>
+FUSED_RNN_INLINE Vector<Accumulate<S>> zone_out(const ForwardStep<S>& step, int s, int64_t row,
+                                                int64_t u, int64_t n, Vector<Accumulate<S>> before,
+                                                Vector<Accumulate<S>> after) {
+  if (!step.zoneout_mask) return after + step.zoneout[s] * (before - after);
+  const uint8_t* mask =
+      step.zoneout_mask + step.place(row) * step.ld_zoneout + s * step.zoneout_state + u;
+  return math::select(load_mask<Accumulate<S>>(mask, n) != 0, before, after);
+}
+
 // What follows from the new states of a vector, whatever the call wants of them.
 template <class Cell, class S, class V>
 void settle(const ForwardStep<S>& step, int64_t row, int64_t u, V* state, const V* saved) {
   using A = Accumulate<S>;
   A* slot = step.saved ? step.saved + row * step.ld_saved + u : nullptr;
   if (step.zoned) {
-    V before[Cell::kStates];
-    before[0] = step.before ? load(step.before + row * step.ld_state + u) : V{};
-    if constexpr (Cell::kStates > 1) before[1] = load(step.c + row * step.ldc + u);
-    const uint8_t* mask =
-        step.zoneout_mask ? step.zoneout_mask + step.place(row) * step.ld_zoneout + u : nullptr;
-    for (int s = 0; s < Cell::kStates; ++s) {
-      if (slot) store(slot + (step.own_slot + s) * step.slot, state[s]);
-      state[s] =
-          mask ? math::select(load_mask<A>(mask + s * step.zoneout_state, step.valid - u) != 0,
-                              before[s], state[s])
-               : state[s] + step.zoneout[s] * (before[s] - state[s]);
-    }
+    for (int s = 0; slot && s < Cell::kStates; ++s)
+      store(slot + (step.own_slot + s) * step.slot, state[s]);
+    if (!step.own)
+      state[0] = zone_out(step, 0, row, u, step.valid - u,
+                          load(step.before + row * step.ld_state + u), state[0]);
+    if constexpr (Cell::kStates > 1)
+      state[1] =
+          zone_out(step, 1, row, u, step.valid_c - u, load(step.c + row * step.ldc + u), state[1]);
   }
   if constexpr (Cell::kStates > 1) {
     store(step.c + row * step.ldc + u, state[1]);
@@ -171,7 +192,26 @@ void settle(const ForwardStep<S>& step, int64_t row, int64_t u, V* state, const 
   for (int s = 0; s < Cell::kSaved; ++s) store(slot + (Cell::kStates + s) * step.slot, saved[s]);
 }
 
-template <class Cell, class S>
+// The weights of a unit as the cell takes them. With kMasked the mask is behind the diagonals.
+template <class Cell, bool kMasked, class V>
+FUSED_RNN_INLINE auto weights_of(const V* w) {
+  if constexpr (kMasked)
+    return WithMask<V>{w, w[Cell::kDiagonals]};
+  else
+    return w;
+}
+
+// Calls body(masked), of a type whose value tells whether there is a mask of the candidate: code
+// that has none to apply is compiled without.
+template <class Cell, class Body>
+FUSED_RNN_INLINE void with_mask(const void* candidate_mask, Body body) {
+  if constexpr (Cell::kCandidate)
+    if (candidate_mask) return body(std::true_type{});
+  body(std::false_type{});
+}
+
+// With a mask of the candidate one vector at a time, by settle().
+template <class Cell, bool kMasked, class S>
 FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile,
                                    Line line) {
   using A = Accumulate<S>;
@@ -179,7 +219,8 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
   constexpr int G = Cell::kGates;
   constexpr bool kHasC = Cell::kStates > 1;
   // Whether nothing is wanted but h and c.
-  const bool plain = !step.zoned && !step.own && !step.all_c && !step.h_mask && !step.y_order;
+  const bool plain =
+      !kMasked && !step.zoned && !step.own && !step.all_c && !step.h_mask && !step.y_order;
   const auto first = [&](auto* base, int64_t ld) {
     return base ? base + line.row * ld + line.unit : base;
   };
@@ -187,7 +228,7 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
   // All of it in registers: the compiler takes what is written here for what `step` holds.
   const A* x_at = step.x + line.x;
   const A* h_at = tile.h + line.h;
-  const auto* before = first(step.before, step.ld_state);
+  const auto* before = first(step.own ? nullptr : step.before, step.ld_state);
   auto* after = first(step.after, step.ld_state);
   A* c = first(step.c, step.ldc);
   S* y = first(step.y, step.ldy);
@@ -204,6 +245,8 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
     if constexpr (kHasC) prev[1] = load_as<P>(c, next_c);
     for (int p = 0; p < Cell::kDiagonals; ++p)
       w[p] = load_as<P>(step.w + p * step.w_stride + line.unit, line.next_unit);
+    if constexpr (kMasked)
+      w[Cell::kDiagonals] = load(step.candidate_mask + line.row * step.ld_own + line.unit);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
       x[g] = load_as<P>(x_at + g * x_gate, line.next_x);
@@ -213,7 +256,7 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
     if constexpr (Cell::kNormedOperand)
       for (int i = 0; i < 2; ++i) h[i] = load_as<P>(h_at + i * h_gate, line.next_h);
 
-    Cell::forward(x, h, w, prev, state, saved);
+    Cell::forward(x, h, weights_of<Cell, kMasked>(w), prev, state, saved);
 
     if (plain && line.unit + (n - 1) * line.next_unit + kLanes<A> <= step.valid) {
       // What settle() would do.
@@ -247,22 +290,32 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
     line.row += n * line.next_row;
     line.unit += n * line.next_unit;
   };
-  for (int64_t pairs = line.count / 2; pairs > 0; --pairs) advance(Pair<V>{});
-  if (line.count % 2) advance(V{});
+  if constexpr (kMasked) {
+    while (line.count-- > 0) advance(V{});
+  } else {
+    for (int64_t pairs = line.count / 2; pairs > 0; --pairs) advance(Pair<V>{});
+    if (line.count % 2) advance(V{});
+  }
 }
 
-template <class Cell, class S>
-void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
+template <class Cell, bool kMasked, class S>
+void forward_tile(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
   constexpr int kGatesOfH = Cell::kGates - Cell::kFirstGates;
   const int64_t panel_h = Cell::kNormedOperand ? tile.vectors * kLanes<Accumulate<S>>  // one value
                                                : kGatesOfH * tile.h_gate;
   for_lines(tile, step.ldx, Cell::kGates * tile.x_gate, panel_h,
             [&](Line line)
-                __attribute__((always_inline)) { forward_line<Cell>(step, tile, line); });
+                __attribute__((always_inline)) { forward_line<Cell, kMasked>(step, tile, line); });
 }
 
 template <class Cell, class S>
-void operand_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
+void forward_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
+  with_mask<Cell>(step.candidate_mask,
+                  [&](auto masked) { forward_tile<Cell, masked.value>(step, tile); });
+}
+
+template <class Cell, bool kMasked, class S>
+void operand_tile(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
   using V = Vector<Accumulate<S>>;
   constexpr int F = Cell::kFirstGates;
   for_lines(tile, step.ldx, Cell::kGates * tile.x_gate, F * tile.h_gate, [&](Line line) {
@@ -276,14 +329,19 @@ void operand_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
         x[g] = load(gx + g * tile.x_gate);
         h[g] = load(gh + g * tile.h_gate);
       }
-      V prev[Cell::kStates];
-      prev[0] = step.before ? load(step.before + row * step.ld_state + u) : V{};
+      V w[Cell::kDiagonals + 1], prev[Cell::kStates];
+      prev[0] = step.own ? V{} : load(step.before + row * step.ld_state + u);
       if constexpr (Cell::kStates > 1) prev[1] = load(step.c + row * step.ldc + u);
-      const V operand = Cell::operand(x, h, prev, first);
-      if constexpr (Cell::kNormedOperand)
+      for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load(step.w + p * step.w_stride + u);
+      if constexpr (kMasked)
+        w[Cell::kDiagonals] = load(step.candidate_mask + row * step.ld_own + u);
+      V operand = Cell::operand(x, h, weights_of<Cell, kMasked>(w), prev, first);
+      if constexpr (Cell::kNormedOperand) {
         store(step.normed + row * step.ld_normed + step.slot + u, operand);
-      else
+      } else {
+        if (step.h_mask) operand *= load(step.h_mask + row * step.ld_state + u);
         store(step.operand + row * step.ld_own + u, operand);
+      }
 #pragma GCC unroll 8
       for (int g = 0; g < F; ++g) store(gx + g * tile.x_gate, first[g]);
       line.row += line.next_row;
@@ -294,17 +352,25 @@ void operand_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
   });
 }
 
-template <class Cell, class A>
+template <class Cell, class S>
+void operand_rows(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
+  with_mask<Cell>(step.candidate_mask,
+                  [&](auto masked) { operand_tile<Cell, masked.value>(step, tile); });
+}
+
+template <class Cell, bool kMasked, class A>
 FUSED_RNN_INLINE void load_before(const BackwardRow<A>& at, int64_t u, Vector<A>* saved,
-                                  Vector<A>* prev) {
+                                  Vector<A>* w, Vector<A>* prev) {
 #pragma GCC unroll 8
   for (int i = 0; i < Cell::kSaved; ++i) saved[i] = load(at.saved + i * at.slot + u);
   prev[0] = at.h_before ? load(at.h_before + u) : Vector<A>{};
   if constexpr (Cell::kStates > 1) prev[1] = load(at.c_before + u);
+  for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load(at.w + p * at.slot + u);
+  if constexpr (kMasked) w[Cell::kDiagonals] = load(at.candidate_mask + u);
 }
 
-template <class Cell, class A>
-void backward_row(const BackwardRow<A>& at) {
+template <class Cell, bool kMasked, class A>
+void backward_units(const BackwardRow<A>& at) {
   using V = Vector<A>;
   constexpr int G = Cell::kGates;
   for (int64_t u = at.begin; u < at.end; u += kLanes<A>) {
@@ -312,7 +378,7 @@ void backward_row(const BackwardRow<A>& at) {
     V w[Cell::kDiagonals + 1], dw[Cell::kDiagonals + 1];
     // A gate that waits for the operand is written later.
     V dx[G] = {}, dh[G] = {}, d_prev[Cell::kStates];
-    load_before<Cell>(at, u, saved, prev);
+    load_before<Cell, kMasked>(at, u, saved, w, prev);
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::kStates; ++i)
       state[i] = load((at.own ? at.own : at.states) + i * at.slot + u);
@@ -322,15 +388,12 @@ void backward_row(const BackwardRow<A>& at) {
     if (at.own) {
 #pragma GCC unroll 2
       for (int s = 0; s < Cell::kStates; ++s) {
-        kept[s] = d_state[s] *
-                  (at.zoneout_mask
-                       ? load_mask<A>(at.zoneout_mask + s * at.zoneout_state + u, at.valid - u)
-                       : V{} + at.zoneout[s]);
+        if (s == 0 && !at.h_before) continue;
+        kept[s] = d_state[s] * zoneout_share(at, s, u, at.valid_c - u);
         d_state[s] -= kept[s];
       }
     }
-    for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load(at.w + p * at.slot + u);
-    Cell::backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw);
+    Cell::backward(saved, weights_of<Cell, kMasked>(w), prev, state, d_state, dx, dh, d_prev, dw);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
       store(at.gates_x + g * at.slot + u, dx[g]);
@@ -345,18 +408,26 @@ void backward_row(const BackwardRow<A>& at) {
 }
 
 template <class Cell, class A>
-void operand_backward_row(const BackwardRow<A>& at) {
+void backward_row(const BackwardRow<A>& at) {
+  with_mask<Cell>(at.candidate_mask, [&](auto masked) { backward_units<Cell, masked.value>(at); });
+}
+
+template <class Cell, bool kMasked, class A>
+void operand_backward_units(const BackwardRow<A>& at) {
   using V = Vector<A>;
   constexpr int G = Cell::kGates;
   static_assert(Cell::kSumsGates);
   for (int64_t u = at.begin; u < at.end; u += kLanes<A>) {
-    V saved[Cell::kSaved + 1], prev[Cell::kStates], dx[G], d_prev[Cell::kStates];
-    load_before<Cell>(at, u, saved, prev);
+    V saved[Cell::kSaved + 1], w[Cell::kDiagonals + 1], prev[Cell::kStates];
+    V dx[G], d_prev[Cell::kStates];
+    load_before<Cell, kMasked>(at, u, saved, w, prev);
     d_prev[0] = load(at.dh + u);
     if constexpr (Cell::kStates > 1) d_prev[1] = load(at.dc + u);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) dx[g] = load(at.gates_x + g * at.slot + u);
-    Cell::operand_backward(saved, prev, load(at.d_operand + u), dx, dx, d_prev);
+    V d_operand = load(at.d_operand + u);
+    if (kTwoProducts<Cell> && at.h_mask) d_operand *= load(at.h_mask + u);
+    Cell::operand_backward(saved, weights_of<Cell, kMasked>(w), prev, d_operand, dx, dx, d_prev);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) store(at.gates_x + g * at.slot + u, dx[g]);
     store(at.dh + u, d_prev[0]);
@@ -365,12 +436,22 @@ void operand_backward_row(const BackwardRow<A>& at) {
 }
 
 template <class Cell, class A>
+void operand_backward_row(const BackwardRow<A>& at) {
+  with_mask<Cell>(at.candidate_mask,
+                  [&](auto masked) { operand_backward_units<Cell, masked.value>(at); });
+}
+
+template <class Cell, class A>
 void saved_operand(const BackwardRow<A>& at, int64_t begin, int64_t end, A* operand) {
-  for (int64_t u = begin; u < end; u += kLanes<A>) {
-    Vector<A> saved[Cell::kSaved + 1], prev[Cell::kStates];
-    load_before<Cell>(at, u, saved, prev);
-    store(operand + u - begin, Cell::saved_operand(saved, prev));
-  }
+  with_mask<Cell>(at.candidate_mask, [&](auto masked) {
+    for (int64_t u = begin; u < end; u += kLanes<A>) {
+      Vector<A> saved[Cell::kSaved + 1], w[Cell::kDiagonals + 1], prev[Cell::kStates];
+      load_before<Cell, masked.value>(at, u, saved, w, prev);
+      Vector<A> value = Cell::saved_operand(saved, weights_of<Cell, masked.value>(w), prev);
+      if (kTwoProducts<Cell> && at.h_mask) value *= load(at.h_mask + u);
+      store(operand + u - begin, value);
+    }
+  });
 }
 
 template <class Cell, class S>

@@ -43,6 +43,7 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.normed = arena.take<A>(info_.normed_operand ? steps_.B * 2 * Hp_ : 0);
       dir.gates_h = arena.take<A>(info_.norm_gates ? steps_.B * G_ * Hp_ : 0);
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
+      dir.candidate_mask = arena.take<A>(p_.candidate_mask ? steps_.B * Hp_ : 0);
       for (O*& masked : dir.masked) masked = arena.take<O>(p_.h_mask ? steps_.B * Rp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
       const int64_t members = team(by_layers() ? 0 : slot).size();
@@ -76,6 +77,7 @@ class ForwardScan : Scan<ForwardProblem> {
     A* normed;                // [B, 2, Hp]: the operand of a norm, normalised and not
     A* gates_h;               // [B, G*Hp] in panel order, where they are normalised
     A* h_mask;                // [B, Rp]
+    A* candidate_mask;        // [B, Hp]
     O* masked[2];             // [B, Rp]: h times its mask
     A* gates_x;               // [members, chunk rows, G*Hp] in panel order
     O* staged;                // [members, chunk rows, I]
@@ -166,11 +168,13 @@ class ForwardScan : Scan<ForwardProblem> {
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const bool from_zero =
           task.d == 0 && !p_.reset_to_initial && b < steps_.rows(0) && begins(0, 0, b);
-      if (task.dir->h_mask) {
-        const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B + steps_.place(b);
+      const int64_t state = (task.layer * p_.dirs + task.d) * steps_.B + steps_.place(b);
+      if (task.dir->h_mask)
         copy_row(static_cast<const S*>(p_.h_mask) + state * p_.R, p_.R, Rp_,
                  task.dir->h_mask + b * Rp_);
-      }
+      if (task.dir->candidate_mask)
+        copy_row(static_cast<const S*>(p_.candidate_mask) + state * p_.H, p_.H, Hp_,
+                 task.dir->candidate_mask + b * Hp_);
       for (int parity = 0; parity < 2; ++parity)
         begin_sequence(task, {0, Hp_}, b, parity, from_zero);
     }
@@ -305,6 +309,7 @@ class ForwardScan : Scan<ForwardProblem> {
     at.ldc = Hp_;
     at.own = row_of_state(dir.unprojected, Hp_);
     at.operand = row_of_state(dir.operand, Hp_);
+    at.candidate_mask = row_of_state(dir.candidate_mask, Hp_);
     at.ld_own = Hp_;
     at.normed = row_of_state(dir.normed, 2 * Hp_);
     at.ld_normed = 2 * Hp_;
@@ -318,7 +323,7 @@ class ForwardScan : Scan<ForwardProblem> {
     at.zoned = p_.zoned();
     for (int s = 0; s < 2; ++s) at.zoneout[s] = A(p_.zoneout[s]);
     at.ld_zoneout = p_.zoneout_mask.stride_b;
-    at.zoneout_state = p_.H;
+    at.zoneout_state = p_.R;
     at.ld_saved = slots_ * Hp_;
     at.slot = Hp_;
     at.own_slot = info_.states + info_.saved;
@@ -339,7 +344,7 @@ class ForwardScan : Scan<ForwardProblem> {
       return tensor.packed || !steps_.order ? tensor.at(steps_, t, first) : t * tensor.stride_t;
     };
     at.x = gates_x(task, member) + offset * G_ * Hp_;
-    at.before = p_.projected() ? nullptr : dir.h[parity] + first * Rp_;
+    at.before = dir.h[parity] + first * Rp_;
     at.after = dir.h[1 - parity] + first * Rp_;
     if (dir.h_mask) at.masked = dir.masked[1 - parity] + first * Rp_;
     at.y = static_cast<S*>(task.output.data) + row_of_tensor(task.output) + task.d * p_.R;
@@ -488,7 +493,9 @@ class ForwardScan : Scan<ForwardProblem> {
         for (int64_t i = m; i < m + height; ++i)
           for (int v = 0; v < panels * vectors; ++v) {
             const int64_t u = unit + v * L;
-            const Vector<A> h = emit_h(at, i, u, load(projected + ((i - m) * vectors + v) * L));
+            Vector<A> h = load(projected + ((i - m) * vectors + v) * L);
+            if (at.zoned) h = zone_out(at, 0, i, u, p_.R - u, load(at.before + i * Rp_ + u), h);
+            h = emit_h(at, i, u, h);
             if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);
           }
       }

@@ -7,11 +7,13 @@
 namespace fused_rnn::cpu {
 
 // The pointwise functions of this instruction set, for tests: arrays of n values per gate, state,
-// diagonal or saved value. The matrix of a second product is taken for one: h has what is added.
+// diagonal or saved value, and m for the candidate, where a cell has one. The matrix of a second
+// product is taken for one: h has what is added.
 template <class A>
 struct CellFunctions {
-  void (*forward)(int64_t n, const A* x, const A* h, const A* w, const A* prev, A* state, A* saved);
-  void (*backward)(int64_t n, const A* saved, const A* w, const A* prev, const A* state,
+  void (*forward)(int64_t n, const A* x, const A* h, const A* w, const A* m, const A* prev,
+                  A* state, A* saved);
+  void (*backward)(int64_t n, const A* saved, const A* w, const A* m, const A* prev, const A* state,
                    const A* d_state, A* dx, A* dh, A* d_prev, A* dw);
 };
 

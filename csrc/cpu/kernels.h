@@ -20,8 +20,8 @@ FUSED_RNN_INLINE void store_all(A* to, int count, const Vector<A>* from, int64_t
 }
 
 template <class Cell, class A>
-void cell_forward(int64_t n, const A* x, const A* h, const A* w, const A* prev, A* state,
-                  A* saved) {
+void cell_forward(int64_t n, const A* x, const A* h, const A* w, const A* m, const A* prev,
+                  A* state, A* saved) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     Vector<A> vx[Cell::kGates], vh[Cell::kGates], vw[Cell::kDiagonals + 1], vprev[Cell::kStates],
         vstate[Cell::kStates], vsaved[Cell::kSaved + 1];
@@ -29,20 +29,22 @@ void cell_forward(int64_t n, const A* x, const A* h, const A* w, const A* prev, 
     load_all(vh, Cell::kGates, h, n, i);
     load_all(vw, Cell::kDiagonals, w, n, i);
     load_all(vprev, Cell::kStates, prev, n, i);
+    load_all(vw + Cell::kDiagonals, int(Cell::kCandidate), m, n, i);
+    const auto weights = weights_of<Cell, Cell::kCandidate>(vw);
     if constexpr (Cell::kNormedOperand) {
-      vh[0] = vh[1] = Cell::operand(vx, vh, vprev, vx);
+      vh[0] = vh[1] = Cell::operand(vx, vh, weights, vprev, vx);
     } else if constexpr (kTwoProducts<Cell>) {
-      const Vector<A> operand = Cell::operand(vx, vh, vprev, vx);
+      const Vector<A> operand = Cell::operand(vx, vh, weights, vprev, vx);
       for (int g = Cell::kFirstGates; g < Cell::kGates; ++g) vh[g] += operand;
     }
-    Cell::forward(vx, vh, vw, vprev, vstate, vsaved);
+    Cell::forward(vx, vh, weights, vprev, vstate, vsaved);
     store_all(state, Cell::kStates, vstate, n, i);
     store_all(saved, Cell::kSaved, vsaved, n, i);
   }
 }
 
 template <class Cell, class A>
-void cell_backward(int64_t n, const A* saved, const A* w, const A* prev, const A* state,
+void cell_backward(int64_t n, const A* saved, const A* w, const A* m, const A* prev, const A* state,
                    const A* d_state, A* dx, A* dh, A* d_prev, A* dw) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     Vector<A> vsaved[Cell::kSaved + 1], vw[Cell::kDiagonals + 1], vprev[Cell::kStates],
@@ -54,13 +56,15 @@ void cell_backward(int64_t n, const A* saved, const A* w, const A* prev, const A
     load_all(vprev, Cell::kStates, prev, n, i);
     load_all(vstate, Cell::kStates, state, n, i);
     load_all(vd, Cell::kStates, d_state, n, i);
-    Cell::backward(vsaved, vw, vprev, vstate, vd, vdx, vdh, vdprev, vdw);
+    load_all(vw + Cell::kDiagonals, int(Cell::kCandidate), m, n, i);
+    const auto weights = weights_of<Cell, Cell::kCandidate>(vw);
+    Cell::backward(vsaved, weights, vprev, vstate, vd, vdx, vdh, vdprev, vdw);
     if constexpr (kHasOperand<Cell>) {
       Vector<A> d_operand{};
       if constexpr (Cell::kNormedOperand) d_operand = vdh[0] + vdh[1];
       for (int g = Cell::kFirstGates; g < Cell::kGates; ++g)
         d_operand += Cell::kSumsGates ? vdx[g] : vdh[g];
-      Cell::operand_backward(vsaved, vprev, d_operand, vdx, vdh, vdprev);
+      Cell::operand_backward(vsaved, weights, vprev, d_operand, vdx, vdh, vdprev);
     }
     store_all(dx, Cell::kGates, vdx, n, i);
     store_all(dh, Cell::kGates, Cell::kSumsGates ? vdx : vdh, n, i);

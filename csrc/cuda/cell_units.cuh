@@ -15,6 +15,19 @@ FUSED_RNN_DEVICE void load_before(const ForwardStep<A>& s, int64_t b, int64_t u,
   if constexpr (Cell::kStates > 1) prev[1] = s.c[b * s.H + u];
 }
 
+// The weights of a unit as its cell takes them: behind the diagonals w holds the mask of the
+// candidate, or one.
+template <class Cell, class Step, class A>
+FUSED_RNN_DEVICE auto weights_of(const Step& s, int64_t b, int64_t u, A* w) {
+  for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load<A>(s.type, s.diag, p * s.H + u);
+  if constexpr (Cell::kCandidate) {
+    const Rows& mask = s.candidate_mask;
+    return WithMask<A>{w, mask.data ? load<A>(s.type, mask.data, mask.at(b) + u) : A(1)};
+  } else {
+    return static_cast<const A*>(w);
+  }
+}
+
 // product(g) is what W_hh h adds to gate g, without bias; where gates are normalised, it and the x
 // of the gate are behind their biases already. Of a normed operand it is what the cell calls h.
 template <class Cell, class A, class Product>
@@ -35,21 +48,15 @@ FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u
   }
   if constexpr (Cell::kNormedOperand)
     for (int i = 0; i < 2; ++i) h[i] = product(i);
-  for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load<A>(s.type, s.diag, p * H + u);
   load_before<Cell>(s, b, u, prev);
-  Cell::forward(x, h, w, prev, state, saved);
+  Cell::forward(x, h, weights_of<Cell>(s, b, u, w), prev, state, saved);
 
   A* slots = s.saved ? s.saved + b * s.ld_saved + u : nullptr;
-  if (s.zoneout.any) {
-    const auto* mask = static_cast<const uint8_t*>(s.zoneout.mask.data);
+  if (s.zoneout.any)
     for (int k = 0; k < Cell::kStates; ++k) {
       if (slots) slots[(s.own_slot + k) * s.slot] = state[k];
-      if (!mask)
-        state[k] += A(s.zoneout.share[k]) * (prev[k] - state[k]);
-      else if (mask[s.zoneout.mask.at(b) + k * H + u])
-        state[k] = prev[k];
+      if (k > 0 || !s.own) state[k] = zone_out(s.zoneout, k, b, k * s.R + u, prev[k], state[k]);
     }
-  }
   if constexpr (Cell::kStates > 1) {
     s.c[b * H + u] =
         s.next(b) ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : state[1];
@@ -71,7 +78,7 @@ template <class Cell, class A, class Product>
 FUSED_RNN_DEVICE A operand_unit(const ForwardStep<A>& s, int64_t b, int64_t u, Product product) {
   constexpr int G = Cell::kGates, F = Cell::kFirstGates;
   const int64_t H = s.H;
-  A x[F], h[F], first[F], prev[Cell::kStates];
+  A x[F], h[F], first[F], w[Cell::kDiagonals + 1], prev[Cell::kStates];
   for (int g = 0; g < F; ++g) {
     x[g] = s.gates_x[(b * G + g) * H + u];
     h[g] = product(g);
@@ -81,8 +88,10 @@ FUSED_RNN_DEVICE A operand_unit(const ForwardStep<A>& s, int64_t b, int64_t u, P
     }
   }
   load_before<Cell>(s, b, u, prev);
-  const A operand = Cell::operand(x, h, prev, first);
+  A operand = Cell::operand(x, h, weights_of<Cell>(s, b, u, w), prev, first);
   for (int g = 0; g < F; ++g) s.gates_x[(b * G + g) * H + u] = first[g];
+  if constexpr (kTwoProducts<Cell>)
+    if (s.h_mask.data) operand *= load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u);
   return operand;
 }
 
@@ -120,17 +129,14 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t
   if constexpr (Cell::kStates > 1) d_state[1] = incoming_c(s.incoming, b, u, H);
 
   A kept[Cell::kStates] = {};  // gradients of the states before by way of zoneout
-  if (s.zoneout.any) {
-    const auto* mask = static_cast<const uint8_t*>(s.zoneout.mask.data);
+  if (s.zoneout.any)
     for (int k = 0; k < Cell::kStates; ++k) {
-      const A share =
-          mask ? A(mask[s.zoneout.mask.at(b) + k * H + u] ? 1 : 0) : A(s.zoneout.share[k]);
-      kept[k] = d_state[k] * share;
+      if (k == 0 && s.d_own) continue;
+      kept[k] = d_state[k] * zoneout_share<A>(s.zoneout, k, b, k * s.R + u);
       d_state[k] -= kept[k];
     }
-  }
-  for (int p = 0; p < Cell::kDiagonals; ++p) w[p] = load<A>(s.type, s.diag, p * H + u);
-  Cell::backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw);
+  const auto weights = weights_of<Cell>(s, b, u, w);
+  Cell::backward(saved, weights, prev, state, d_state, dx, dh, d_prev, dw);
   for (int g = 0; g < G; ++g) {
     store(s.gates_type, s.d_gates_x, (b * G + g) * H + u, dx[g]);
     if constexpr (!Cell::kSumsGates) store(s.gates_type, s.d_gates_h, (b * G + g) * H + u, dh[g]);
@@ -139,18 +145,17 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t
     if (s.d_diag)
       for (int p = 0; p < Cell::kDiagonals; ++p)
         s.d_diag[(b * kUnitWeights<Cell> + p) * H + u] = dw[p];
-  if (s.incoming.direct) s.incoming.direct[b * s.R + u] = d_prev[0] + kept[0];
+  if (s.incoming.direct && !s.d_own) s.incoming.direct[b * s.R + u] = d_prev[0] + kept[0];
   if constexpr (Cell::kStates > 1) s.incoming.dc[b * H + u] = d_prev[1] + kept[1];
   if (s.h_before && u < s.R)
-    store(s.type, s.h_before, b * s.R + u,
-          s.incoming.h_mask.data
-              ? prev[0] * load<A>(s.type, s.incoming.h_mask.data, s.incoming.h_mask.at(b) + u)
-              : prev[0]);
+    store(s.type, s.h_before, b * s.R + u, prev[0] * mask_of_h(s.incoming, b, u));
   if constexpr (kTwoProducts<Cell>)
-    if (s.operand) store(s.type, s.operand, b * H + u, Cell::saved_operand(saved, prev));
+    if (s.operand)
+      store(s.type, s.operand, b * H + u,
+            Cell::saved_operand(saved, weights, prev) * mask_of_h(s.incoming, b, u));
   if constexpr (Cell::kNormedOperand) {
     for (int i = 0; i < 2; ++i) s.d_operand[(3 * b + i) * H + u] = dh[i];
-    s.d_operand[(3 * b + 2) * H + u] = Cell::saved_operand(saved, prev);
+    s.d_operand[(3 * b + 2) * H + u] = Cell::saved_operand(saved, weights, prev);
   }
 }
 
@@ -166,14 +171,16 @@ FUSED_RNN_DEVICE void operand_backward_unit(const BackwardStep<A>& s, int64_t b,
                                             A d_operand) {
   constexpr int G = Cell::kGates;
   static_assert(Cell::kSumsGates);
-  A saved[Cell::kSaved + 1], prev[Cell::kStates], dx[G], d_prev[Cell::kStates];
+  A saved[Cell::kSaved + 1], w[Cell::kDiagonals + 1], prev[Cell::kStates];
+  A dx[G], d_prev[Cell::kStates];
   load_before<Cell>(s, b, u, saved, prev);
   for (int g = 0; g < G; ++g) dx[g] = load<A>(s.gates_type, s.d_gates_x, (b * G + g) * s.H + u);
-  A* const direct = s.incoming.direct ? s.incoming.direct + b * s.R + u : nullptr;
+  A* const direct = s.incoming.direct && !s.d_own ? s.incoming.direct + b * s.R + u : nullptr;
   A* const dc = Cell::kStates > 1 ? s.incoming.dc + b * s.H + u : nullptr;
   d_prev[0] = direct ? *direct : A(0);
   if constexpr (Cell::kStates > 1) d_prev[1] = *dc;
-  Cell::operand_backward(saved, prev, d_operand, dx, dx, d_prev);
+  if constexpr (kTwoProducts<Cell>) d_operand *= mask_of_h(s.incoming, b, u);
+  Cell::operand_backward(saved, weights_of<Cell>(s, b, u, w), prev, d_operand, dx, dx, d_prev);
   for (int g = 0; g < G; ++g) store(s.gates_type, s.d_gates_x, (b * G + g) * s.H + u, dx[g]);
   if (direct) *direct = d_prev[0];
   if constexpr (Cell::kStates > 1) *dc = d_prev[1];

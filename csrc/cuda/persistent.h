@@ -65,7 +65,8 @@ inline PersistentPlan plan_persistent(const CellInfo& cell, DType type,
     if (problem.projected()) return "h is projected";
     if (problem.steps.batch_sizes || problem.steps.order)
       return "the sequences have lengths of their own";
-    if (problem.reset.data || problem.zoned() || problem.h_mask || problem.all_c.data)
+    if (problem.reset.data || problem.zoned() || problem.h_mask || problem.candidate_mask ||
+        problem.all_c.data)
       return "resets, regularisers and all cell states need a kernel per step";
     if (H % kGateTile) return "the number of units is no multiple of 16";
     if (!device.cooperative) return "the GPU cannot launch blocks that wait for each other";

@@ -60,7 +60,9 @@ FUSED_RNN_KERNEL void start_states(Start<A> s) {
 template <class A>
 FUSED_RNN_KERNEL void projected_step(ForwardStep<A> s, const A* projected) {
   for_each_element(s.rows, s.R, [&](int64_t b, int64_t u) {
-    const A h = emit_h(s, b, u, projected[b * s.R + u]);
+    A h = projected[b * s.R + u];
+    if (s.zoneout.any) h = zone_out(s.zoneout, 0, b, u, load<A>(s.type, s.h, b * s.R + u), h);
+    h = emit_h(s, b, u, h);
     if (s.saved) s.saved[b * s.ld_saved + u] = h;
   });
 }
@@ -68,7 +70,12 @@ FUSED_RNN_KERNEL void projected_step(ForwardStep<A> s, const A* projected) {
 template <class A>
 FUSED_RNN_KERNEL void unproject_step(UnprojectStep<A> s) {
   for_each_element(s.rows, s.H, [&](int64_t b, int64_t u) {
-    if (u < s.R) store(s.incoming.type, s.d_h, b * s.R + u, incoming_h(s.incoming, b, u, s.R));
+    if (u < s.R) {
+      const A d = incoming_h(s.incoming, b, u, s.R);
+      const A kept = s.zoneout.any ? d * zoneout_share<A>(s.zoneout, 0, b, u) : A(0);
+      if (s.zoneout.any) s.incoming.direct[b * s.R + u] = kept;
+      store(s.incoming.type, s.d_h, b * s.R + u, d - kept);
+    }
     if (s.own) store(s.incoming.type, s.own, b * s.H + u, s.saved[b * s.ld_saved + u]);
   });
 }

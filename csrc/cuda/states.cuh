@@ -5,6 +5,23 @@
 
 namespace fused_rnn::cuda {
 
+// What zoneout keeps of state k of row b, whose unit stands at `place` in a row of the mask.
+template <class A>
+FUSED_RNN_DEVICE A zoneout_share(const Zoneout& zoneout, int k, int64_t b, int64_t place) {
+  const auto* mask = static_cast<const uint8_t*>(zoneout.mask.data);
+  if (!mask) return A(zoneout.share[k]);
+  return A(mask[zoneout.mask.at(b) + place] ? 1 : 0);
+}
+
+// And what becomes of it. A mask chooses: the other one may be infinite.
+template <class A>
+FUSED_RNN_DEVICE A zone_out(const Zoneout& zoneout, int k, int64_t b, int64_t place, A before,
+                            A after) {
+  const A share = zoneout_share<A>(zoneout, k, b, place);
+  if (zoneout.mask.data) return share != A(0) ? before : after;
+  return after + share * (before - after);
+}
+
 // h of a row and unit goes to the output, and on to the next step: as the output holds it, or what
 // a sequence that begins there begins with, and times its mask for the product.
 template <class A>
@@ -20,6 +37,12 @@ FUSED_RNN_DEVICE A emit_h(const ForwardStep<A>& s, int64_t b, int64_t u, A h) {
   return h;
 }
 
+// What h was multiplied by for the product.
+template <class A>
+FUSED_RNN_DEVICE A mask_of_h(const Incoming<A>& in, int64_t b, int64_t u) {
+  return in.h_mask.data ? load<A>(in.type, in.h_mask.data, in.h_mask.at(b) + u) : A(1);
+}
+
 // The gradient of h after a step: what flows in from the step walked before, or d_h_n at the end of
 // a sequence, and what the output of this step adds. product() is what W_hh adds to what flows.
 template <class A, class Product>
@@ -29,8 +52,7 @@ FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64
   if (b >= in.first) {
     d = load_or_zero<A>(in.type, in.d_h_n.data, in.d_h_n.at(b) + u);
   } else {
-    A flowing = product();
-    if (in.h_mask.data) flowing *= load<A>(in.type, in.h_mask.data, in.h_mask.at(b) + u);
+    A flowing = product() * mask_of_h(in, b, u);
     if (in.direct) flowing += in.direct[b * R + u];
     if (!in.ended(b))
       d = flowing;

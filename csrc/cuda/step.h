@@ -36,7 +36,7 @@ struct Initial {
 struct Zoneout {
   bool any = false;
   double share[2] = {0.0, 0.0};  // of h and c that stays
-  Rows mask;                     // uint8 [rows, S*H], or which units of them; data null for none
+  Rows mask;                     // uint8 [rows, R + H], or which units of them; data null for none
 };
 
 // Rows of products, of W_ih or W_hh, and their norm. S is the storage type, A the type that is
@@ -79,6 +79,7 @@ struct ForwardStep {
   void* h_after;        // S [B, R]: after it, what the next one begins with
   void* masked_after;   // S [B, R]: the same times h_mask, for the product; null for no mask
   Rows h_mask;          // S [B, R]
+  Rows candidate_mask;  // S [B, H], data null for none
   A* c;                 // [B, H]: before, and after; null for a cell without
   void* own;            // S [B, H]: the cell's own h where a projection follows, else null
   void* operand;        // S [B, H]: of the second product, where there is one
@@ -124,7 +125,8 @@ struct Incoming {
   Rows d_output;  // [rows, R]: S, or A between layers
   DType d_output_type;
   Rows d_all_c;      // S
-  A* direct;         // [B, R]: gradient of h before the step, without the part through W_hh
+  A* direct;         // [B, R]: gradient of h before the step, without the part through W_hh; null
+                     // where there is no other
   const A* product;  // [B, R]: that part, before h_mask; null where there is no such product
   Rows h_mask;       // S [B, R]
   A* dc;             // [B, H]
@@ -147,6 +149,7 @@ struct BackwardStep {
   Initial initial;
   const void* diag;  // S [P*H], and behind it the gains
   Zoneout zoneout;
+  Rows candidate_mask;  // S [B, H], data null for none
   Incoming<A> incoming;
   const A* d_own;    // [rows, H]: gradient of the cell's own h where a projection follows
   DType gates_type;  // S; A where they are normalised, and these are not yet those of the products
@@ -166,6 +169,7 @@ struct BackwardStep {
 template <class A>
 struct UnprojectStep {
   Incoming<A> incoming;
+  Zoneout zoneout;
   int64_t rows, H, R;
   void* d_h;       // S [rows, R]
   const A* saved;  // the slot of the cell's own h in [rows, slots * Hp]

@@ -119,6 +119,7 @@ class Scan {
     return {state_rows(p_.h0, plane, p_.R), state_rows(p_.c0, plane, p_.H)};
   }
   Rows h_mask(int64_t plane) const { return state_rows(p_.h_mask, plane, p_.R); }
+  Rows candidate_mask(int64_t plane) const { return state_rows(p_.candidate_mask, plane, p_.H); }
 
   RowMap map_of(const Sequence& sequence) const {
     return {steps_.T, steps_.B, offsets_, order_, sequence};
@@ -361,6 +362,7 @@ class ForwardScan : Scan<ForwardProblem> {
     s.h_after = h_[1 - parity];
     s.masked_after = masked_[1 - parity];
     s.h_mask = h_mask(task.plane);
+    s.candidate_mask = candidate_mask(task.plane);
     s.c = c_;
     s.own = own_;
     s.operand = operand_;
@@ -456,7 +458,7 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t B = steps_.B, H = p_.H, R = p_.R;
     const bool weights = p_.d_weights != nullptr;
     const bool adds_up = p_.reset.data && p_.reset_to_initial && p_.d_h0;
-    direct_ = arena.take<A>(p_.projected() ? 0 : B * R);
+    direct_ = arena.take<A>(p_.projected() && !p_.zoned() ? 0 : B * R);
     product_ = arena.take<A>(info_.recurrent ? B * R : 0);
     dc_ = arena.take<A>(has_c() ? B * H : 0);
     d_h0_ = arena.take<A>(adds_up ? B * R : 0);
@@ -642,6 +644,7 @@ class BackwardScan : Scan<BackwardProblem> {
     s.initial = initial(task.plane);
     s.diag = task.weights.diag;
     s.zoneout = zoneout(task.plane, t);
+    s.candidate_mask = candidate_mask(task.plane);
     s.incoming = incoming(task, t);
     s.d_own = d_own_;
     s.gates_type = type_;
@@ -674,6 +677,7 @@ class BackwardScan : Scan<BackwardProblem> {
     if (p_.projected()) {
       UnprojectStep<A> u{};
       u.incoming = s.incoming;
+      u.zoneout = s.zoneout;
       u.rows = s.rows;
       u.H = H;
       u.R = R;

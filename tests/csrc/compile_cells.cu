@@ -8,11 +8,16 @@ using namespace fused_rnn;
 template <class C, class E>
 __global__ void run_cell(E* x, const E* h, const E* w, const E* prev, const E* d_state, E* state,
                          E* saved, E* dx, E* dh, E* d_prev, E* dw) {
-  if constexpr (kHasOperand<C>) saved[0] = C::operand(x, h, prev, x);
-  C::forward(x, h, w, prev, state, saved);
-  C::backward(saved, w, prev, state, d_state, dx, dh, d_prev, dw);
-  if constexpr (kHasOperand<C>)
-    C::operand_backward(saved, prev, C::saved_operand(saved, prev), dx, dh, d_prev);
+  const auto run = [&](const auto& weights) {
+    if constexpr (kHasOperand<C>) saved[0] = C::operand(x, h, weights, prev, x);
+    C::forward(x, h, weights, prev, state, saved);
+    C::backward(saved, weights, prev, state, d_state, dx, dh, d_prev, dw);
+    if constexpr (kHasOperand<C>)
+      C::operand_backward(saved, weights, prev, C::saved_operand(saved, weights, prev), dx, dh,
+                          d_prev);
+  };
+  run(w);
+  if constexpr (C::kCandidate) run(WithMask<E>{w, w[C::kDiagonals]});
 }
 
 }  // namespace

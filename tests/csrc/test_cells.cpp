@@ -13,6 +13,33 @@ namespace {
 using namespace fused_rnn;
 using check::Vector;
 
+// A cell with a mask of its candidate, which stands behind the diagonals.
+template <class C>
+struct Masked : C {
+  template <class V>
+  static WithMask<V> with_mask(const V* w) {
+    return {w, w[C::kDiagonals]};
+  }
+  template <class V>
+  static void forward(const V* x, const V* h, const V* w, const V* prev, V* state, V* saved) {
+    C::forward(x, h, with_mask(w), prev, state, saved);
+  }
+  template <class V>
+  static void backward(const V* saved, const V* w, const V* prev, const V* state, const V* d_state,
+                       V* dx, V* dh, V* d_prev, V* dw) {
+    C::backward(saved, with_mask(w), prev, state, d_state, dx, dh, d_prev, dw);
+  }
+  template <class V>
+  static V operand(const V* x, const V* h, const V* w, const V* prev, V* first) {
+    return C::operand(x, h, with_mask(w), prev, first);
+  }
+  template <class V>
+  static void operand_backward(const V* saved, const V* w, const V* prev, V d_operand, V* dx, V* dh,
+                               V* d_prev) {
+    C::operand_backward(saved, with_mask(w), prev, d_operand, dx, dh, d_prev);
+  }
+};
+
 // The arguments and results of one unit, as the contract names them.
 template <class C, class V>
 struct Unit {
@@ -33,9 +60,9 @@ struct Unit {
       gates_h[g] = h[g];
     }
     if constexpr (C::kNormedOperand) {
-      gates_h[0] = gates_h[1] = C::operand(x, h, before, gates_x);
+      gates_h[0] = gates_h[1] = C::operand(x, h, w, before, gates_x);
     } else if constexpr (kTwoProducts<C>) {
-      const V operand = C::operand(x, h, before, gates_x);
+      const V operand = C::operand(x, h, w, before, gates_x);
       for (int g = C::kFirstGates; g < C::kGates; ++g) gates_h[g] += operand;
     }
     C::forward(gates_x, gates_h, w, before, after, saved);
@@ -49,7 +76,7 @@ struct Unit {
       V d_operand{};
       if constexpr (C::kNormedOperand) d_operand = d_normed[0] + d_normed[1];
       for (int g = C::kFirstGates; g < C::kGates; ++g) d_operand += C::kSumsGates ? dx[g] : dh[g];
-      C::operand_backward(saved, prev, d_operand, dx, dh, d_before);
+      C::operand_backward(saved, w, prev, d_operand, dx, dh, d_before);
     }
   }
 };
@@ -206,6 +233,22 @@ void infinities_saturate() {
   }
 }
 
+template <class C>
+void a_mask_of_one_changes_no_bit() {
+  std::mt19937_64 random(8);
+  for (int trial = 0; trial < 100; ++trial) {
+    Unit<Masked<C>, double> masked = draw<Masked<C>, double, double>(random, 1.5);
+    Unit<C, double> plain;
+    masked.w[C::kDiagonals] = 1;
+    for (size_t i = 0; i < sizeof(plain) / sizeof(double); ++i)
+      elements<double>(plain)[i] = elements<double>(masked)[i];
+    masked.forward();
+    plain.forward();
+    for (int s = 0; s < C::kStates; ++s)
+      check::that(check::same_bits(masked.state[s], plain.state[s]), "%s state[%d]", C::kName, s);
+  }
+}
+
 template <class C, class E>
 void test() {
   vector_equals_scalar<C, Vector<E, 16>, E>();
@@ -224,6 +267,13 @@ int main() {
     results_may_overwrite_arguments<C>();
     test<C, float>();
     test<C, double>();
+    if constexpr (C::kCandidate) {
+      a_mask_of_one_changes_no_bit<C>();
+      backward_is_the_derivative<Masked<C>>();
+      results_may_overwrite_arguments<Masked<C>>();
+      vector_equals_scalar<Masked<C>, Vector<float, 32>, float>();
+      vector_equals_scalar<Masked<C>, Vector<double, 32>, double>();
+    }
     bool found = false;
     const bool visited =
         visit_cell(Cells{}, C::kName, [&]<class D>() { found = C::kName == D::kName; });

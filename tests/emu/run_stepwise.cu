@@ -139,7 +139,7 @@ struct Options {
   const char* name;
   int64_t B = 3, H = 9, layers = 1, dirs = 1;
   bool projection = false, ragged = false, reset = false, zoneout = false, h_mask = false,
-       all_c = false, persistent = false;
+       candidate_mask = false, all_c = false, persistent = false;
 };
 
 constexpr Options kOptions[] = {
@@ -152,7 +152,9 @@ constexpr Options kOptions[] = {
      .reset = true,
      .zoneout = true,
      .h_mask = true,
+     .candidate_mask = true,
      .all_c = true},
+    {.name = "regularised projection", .projection = true, .reset = true, .zoneout = true},
     // Forward only: three blocks, the last with fewer units, and more rows than are multiplied at a
     // time.
     {.name = "persistent", .B = 20, .H = 32, .dirs = 2, .persistent = true},
@@ -207,12 +209,14 @@ std::string run(const CellInfo& cell, DType type, const Options& o, const char* 
   f.weights = weights.data();
   if (o.reset) f.reset = sequence(host.bits(T * B, 0.4), 1);
   if (o.zoneout) {
-    f.zoneout_plane = f.steps.N * cell.states * H;
+    const int64_t units = R + (cell.states > 1 ? H : 0);
+    f.zoneout_plane = f.steps.N * units;
     f.zoneout_mask.data = host.bits(planes * f.zoneout_plane, 0.3);
-    f.zoneout_mask.stride_b = cell.states * H;
+    f.zoneout_mask.stride_b = units;
     f.zoneout_mask.packed = true;
   }
   if (o.h_mask) f.h_mask = host.random(planes * B * R);
+  if (o.candidate_mask && cell.candidate) f.candidate_mask = host.random(planes * B * H);
   const int64_t slots = saved_slots(f, cell);
 
   // With lengths, what lies beyond them is not the kernels' to write.
