@@ -165,10 +165,20 @@ class _Frozen(nn.Module):
         # The last arguments of the op.
         self._arguments = packed, self.hidden_size, *options
 
-    def _short_way(self, input: Any, hx: Any) -> Any:
+    def _short_way(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Any = None,
+        reset: Any = None,
+        reset_to_initial: bool = False,
+    ) -> Any:
         if not may_go_direct():
             return None
-        return ops.infer_frozen(self._cell, input, hx, self._dim, *self._arguments)
+        return ops.call_frozen(
+            *(self._cell, input, hx, self._dim, *self._arguments),
+            *(lengths, reset, reset_to_initial),
+        )
 
     def extra_repr(self) -> str:
         return self._description
