@@ -110,6 +110,7 @@ def allow_direct(
     exchange: object,
     is_neg: Callable[[Any], bool],
     probes: tuple[Callable[[], object], ...],
+    forward_ad: object,
     record: Callable[..., Any],
     /,
 ) -> bool: ...

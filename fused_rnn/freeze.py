@@ -259,6 +259,10 @@ class FrozenLayer(_Frozen, modules._Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
+        if not return_all_states:
+            result = self._short_way(input, hx, lengths, reset, reset_to_initial)
+            if result is not None:
+                return result
         return self._live.forward(
             *(self, input, hx),
             lengths=lengths,

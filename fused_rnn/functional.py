@@ -15,11 +15,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from logging import DEBUG
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from . import onnx, ops, reference, strategy
@@ -304,9 +306,7 @@ def frozen(
 
 def may_go_direct() -> bool:
     """Whether `ops.call` may be asked: it sees the tensors, and what is asked here it does not."""
-    return not (
-        torch.compiler.is_compiling() or ops.in_forward_mode() or _log.isEnabledFor(logging.DEBUG)
-    )
+    return not (is_compiling() or _log.isEnabledFor(DEBUG))
 
 
 def refuse_all_but_inference(*tensors: Tensor | None) -> None:
@@ -446,7 +446,7 @@ def _route(
     route, reason = _choose(tensors, compiling)
     if route == "torch" and (len(options) > 3 or not hasattr(_VF, cell)):
         route = "reference"
-    if not compiling and _log.isEnabledFor(logging.DEBUG):
+    if not compiling and _log.isEnabledFor(DEBUG):
         _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
         if route == "fused" and input.is_cpu:
             _log_strategy(_Call(cell, input, batch_sizes, h0, c0, weights, *options))

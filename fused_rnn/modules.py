@@ -193,16 +193,17 @@ class _Layer(_Twin, nn.RNNBase):
         reset_to_initial: bool = False,
     ) -> Any:
         """What `forward` returns if this is a plain call, else None."""
+        own = self.__dict__  # nn.Module's __getattr__ makes self.num_layers ten times as slow
         if (
             self.regularisers is not None
-            or (self.dropout and self.training)
+            or (own["dropout"] and own["training"])
             or (self.recompute and torch.is_grad_enabled())
             or not may_go_direct()
         ):
             return None
         return ops.call(
-            *(self._cell, input, hx, 3, self._parameters, self._flat_weights_names),
-            *(self.num_layers, self.bidirectional, self.batch_first),
+            *(self._cell, input, hx, 3, own["_parameters"], own["_flat_weights_names"]),
+            *(own["num_layers"], own["bidirectional"], own["batch_first"]),
             *(lengths, reset, reset_to_initial),
         )
 

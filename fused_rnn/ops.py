@@ -118,7 +118,10 @@ def _allow_direct() -> None:
     probes.append(getattr(torch.autograd, "_profiler_enabled", None))
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if None not in probes and exchange is not None:
-        _C.allow_direct(Tensor, torch.nn.Parameter, exchange, Tensor.is_neg, tuple(probes), _record)
+        _C.allow_direct(
+            *(Tensor, torch.nn.Parameter, exchange, Tensor.is_neg, tuple(probes)),
+            *(forward_ad, _record),
+        )
 
 
 def empty_cache() -> None:
@@ -200,7 +203,7 @@ class RNNFunction(torch.autograd.Function):
             return (None,) * 7 + _differentiable_backward(
                 ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
-        if batch_sizes is None and saved is not None and not (compiling or in_forward_mode()):
+        if batch_sizes is None and saved is not None and not compiling:
             plain = (None, None, False) if controls is None else controls.only_steps()
             if plain is not None:
                 found: tuple[Tensor | None, ...] | None = _plain_backward(

@@ -34,7 +34,9 @@ struct {
   PyObject* is_neg = nullptr;
   PyObject* requires_grad = nullptr;  // a name
   PyObject* probes = nullptr;         // what must be false
-  PyObject* record = nullptr;         // for autograd
+  PyObject* forward_ad = nullptr;     // torch's module, and a name in it
+  PyObject* current_level = nullptr;
+  PyObject* record = nullptr;  // for autograd
 } torch_side;
 
 // References, for as long as a call runs without the GIL.
@@ -77,6 +79,13 @@ bool is_true(PyObject* answer) {  // steals it; an error is a yes
 
 // No mode, transform or profiler wants to see the call.
 bool nobody_looks() {
+  PyObject* level = PyObject_GetAttr(torch_side.forward_ad, torch_side.current_level);
+  const bool in_forward_mode = !level || PyLong_AsLong(level) >= 0 || PyErr_Occurred();
+  Py_XDECREF(level);
+  if (in_forward_mode) {
+    PyErr_Clear();
+    return false;
+  }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch_side.probes); ++i)
     if (is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(torch_side.probes, i)))) return false;
   return true;
@@ -422,10 +431,10 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return gradients;
 }
 
-// allow_direct(Tensor, Parameter, capsule, is_neg, probes, record): whether the other functions can
-// answer. The capsule is Tensor.__dlpack_c_exchange_api__, or None where torch has none.
+// allow_direct(Tensor, Parameter, capsule, is_neg, probes, forward_ad, record): whether the others
+// can answer. The capsule is Tensor.__dlpack_c_exchange_api__, or None where torch has none.
 PyObject* allow_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 6) return wrong_count("allow_direct", 6, count);
+  if (count != 7) return wrong_count("allow_direct", 7, count);
   PyObject* const capsule = args[2];
   if (!PyCapsule_IsValid(capsule, "dlpack_exchange_api") || !PyTuple_CheckExact(args[4]))
     Py_RETURN_FALSE;
@@ -437,7 +446,9 @@ PyObject* allow_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   torch_side.parameter = Py_NewRef(args[1]);
   torch_side.is_neg = Py_NewRef(args[3]);
   torch_side.probes = Py_NewRef(args[4]);
-  torch_side.record = Py_NewRef(args[5]);
+  torch_side.forward_ad = Py_NewRef(args[5]);
+  torch_side.current_level = PyUnicode_InternFromString("_current_level");
+  torch_side.record = Py_NewRef(args[6]);
   torch_side.requires_grad = PyUnicode_InternFromString("requires_grad");
   torch_side.api = api;
   Py_RETURN_TRUE;
