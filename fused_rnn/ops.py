@@ -180,6 +180,8 @@ class RNNFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, batch_sizes, h0, c0, saved, *masks, *weights)
         ctx.cell, ctx.options, ctx.controls = cell, options, controls
+        # Whether backward may go past the dispatcher as well.
+        ctx.plain = computed is not None or not (controls or recompute or batch_sizes is not None)
         return tuple(outputs[:count])
 
     @staticmethod
@@ -190,8 +192,9 @@ class RNNFunction(torch.autograd.Function):
             return (None,) * (7 + len(needs))
         input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
         controls: Controls | None = ctx.controls
+        masks: list[Any] = []
         if controls is not None:
-            controls, weights = controls.with_masks(*weights[:4]), weights[4:]
+            masks, weights = weights[:4], weights[4:]
         # Inside backward, gradients are enabled under create_graph only, and the key is there under
         # autograd.grad(is_grads_batched=True) only. The op has neither a derivative nor a batching
         # rule, the reference has both.
@@ -200,18 +203,21 @@ class RNNFunction(torch.autograd.Function):
             torch.is_grad_enabled() or transforms_active() or _is_key_included(_VMAP_MODE)
         ):
             tensors = [input, batch_sizes, h0, c0, *weights]
+            controls = controls and controls.with_masks(*masks)
             return (None,) * 7 + _differentiable_backward(
                 ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
-        if batch_sizes is None and saved is not None and not compiling:
-            plain = (None, None, False) if controls is None else controls.only_steps()
-            if plain is not None:
-                found: tuple[Tensor | None, ...] | None = _plain_backward(
-                    *(needs, d_output, d_h_n, d_c_n, ctx.cell, input, h0, c0, weights),
-                    *(*ctx.options, *plain, saved),
-                )
-                if found is not None:
-                    return (None,) * 7 + found
+        if ctx.plain and not compiling:
+            steps: tuple[Any, Any, bool] = None, None, False
+            if controls is not None:
+                steps = masks[0], masks[1], controls.reset_to_initial
+            found: tuple[Tensor | None, ...] | None = _plain_backward(
+                *(needs, d_output, d_h_n, d_c_n, ctx.cell, input, h0, c0, weights),
+                *(*ctx.options, *steps, saved),
+            )
+            if found is not None:
+                return (None,) * 7 + found
+        controls = controls and controls.with_masks(*masks)
         need_input, _, need_h0, need_c0, *need_weights = needs
         question = ctx.cell, input, batch_sizes, h0, c0, weights, *ctx.options
         if saved is None:

@@ -188,12 +188,6 @@ class Controls(NamedTuple):
             zoneout_mask=None if mask is None else mask.flatten(1, 2),
         )
 
-    def only_steps(self) -> tuple[Tensor | None, Tensor | None, bool] | None:
-        """lengths, reset and reset_to_initial, if nothing else is asked."""
-        if self.zoned or self.h_mask is not None or self.all_c:
-            return None
-        return self[:3]
-
     def masks(self) -> tuple[Tensor | None, ...]:
         return self.lengths, self.reset, self.zoneout_mask, self.h_mask
 
