@@ -175,9 +175,16 @@ class _Frozen(nn.Module):
     ) -> Any:
         if not may_go_direct():
             return None
+        own = self.__dict__  # as in modules
         return ops.call_frozen(
-            *(self._cell, input, hx, self._dim, *self._arguments),
-            *(lengths, reset, reset_to_initial),
+            own["_cell"],
+            input,
+            hx,
+            self._dim,
+            *own["_arguments"],
+            lengths,
+            reset,
+            reset_to_initial,
         )
 
     def extra_repr(self) -> str:

@@ -201,10 +201,19 @@ class _Layer(_Twin, nn.RNNBase):
             or not may_go_direct()
         ):
             return None
-        return ops.call(
-            *(self._cell, input, hx, 3, own["_parameters"], own["_flat_weights_names"]),
-            *(own["num_layers"], own["bidirectional"], own["batch_first"]),
-            *(lengths, reset, reset_to_initial),
+        return ops.call(  # groups of arguments would be made a list, and then a tuple
+            self._cell,
+            input,
+            hx,
+            3,
+            own["_parameters"],
+            own["_flat_weights_names"],
+            own["num_layers"],
+            own["bidirectional"],
+            own["batch_first"],
+            lengths,
+            reset,
+            reset_to_initial,
         )
 
     def _run(
@@ -958,9 +967,9 @@ class _Cell(_Twin, nn.RNNCellBase):
         names = _WEIGHTS if self.bias else _WEIGHTS[:2]
         if self._unit_weight:
             names = *names, self._unit_weight
+        parameters = self.__dict__["_parameters"]
         return ops.call(
-            *(self._cell, input, hx, 2, self._parameters, names),
-            *(1, False, False, None, None, False),
+            self._cell, input, hx, 2, parameters, names, 1, False, False, None, None, False
         )
 
     def _check_dims(self, name: str, input: Tensor, states: Iterable[Tensor], label: str) -> None:
