@@ -72,7 +72,7 @@ def schedule(
 def force_schedule(schedule: str | None) -> str | None: ...
 
 # None where only the op can answer: csrc/bindings/direct.cpp.
-def infer(
+def call(
     cell: str,
     input: Any,
     hx: Any,
@@ -82,9 +82,12 @@ def infer(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Any,
+    reset: Any,
+    reset_to_initial: bool,
     /,
 ) -> Any: ...
-def infer_frozen(
+def call_frozen(
     cell: str,
     input: Any,
     hx: Any,
@@ -95,6 +98,28 @@ def infer_frozen(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Any,
+    reset: Any,
+    reset_to_initial: bool,
+    /,
+) -> Any: ...
+def backward(
+    needs: tuple[bool, ...],
+    d_output: Any,
+    d_h_n: Any,
+    d_c_n: Any,
+    cell: str,
+    input: Any,
+    h0: Any,
+    c0: Any,
+    weights: list[Any] | tuple[Any, ...],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Any,
+    reset: Any,
+    reset_to_initial: bool,
+    saved: Any,
     /,
 ) -> Any: ...
 def allow_direct(
@@ -103,5 +128,7 @@ def allow_direct(
     exchange: object,
     is_neg: Callable[[Any], bool],
     probes: tuple[Callable[[], object], ...],
+    forward_ad: object,
+    record: Callable[..., Any],
     /,
 ) -> bool: ...

@@ -165,10 +165,27 @@ class _Frozen(nn.Module):
         # The last arguments of the op.
         self._arguments = packed, self.hidden_size, *options
 
-    def _short_way(self, input: Any, hx: Any) -> Any:
+    def _short_way(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Any = None,
+        reset: Any = None,
+        reset_to_initial: bool = False,
+    ) -> Any:
         if not may_go_direct():
             return None
-        return ops.infer_frozen(self._cell, input, hx, self._dim, *self._arguments)
+        own = self.__dict__  # as in modules
+        return ops.call_frozen(
+            own["_cell"],
+            input,
+            hx,
+            self._dim,
+            *own["_arguments"],
+            lengths,
+            reset,
+            reset_to_initial,
+        )
 
     def extra_repr(self) -> str:
         return self._description
@@ -249,6 +266,10 @@ class FrozenLayer(_Frozen, modules._Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
+        if not return_all_states:
+            result = self._short_way(input, hx, lengths, reset, reset_to_initial)
+            if result is not None:
+                return result
         return self._live.forward(
             *(self, input, hx),
             lengths=lengths,

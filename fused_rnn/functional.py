@@ -15,12 +15,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from logging import DEBUG
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
-from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from . import onnx, ops, reference, strategy
@@ -306,15 +307,9 @@ def frozen(
     return output, h_n, c_n if reference.CELLS[cell].states > 1 else None, None
 
 
-def _in_forward_mode() -> bool:
-    return getattr(forward_ad, "_current_level", -1) >= 0  # in compiled code this is a guard
-
-
 def may_go_direct() -> bool:
-    """Whether `ops.infer` may be asked: it sees the tensors, and what is asked here it does not."""
-    return not (
-        torch.compiler.is_compiling() or _in_forward_mode() or _log.isEnabledFor(logging.DEBUG)
-    )
+    """Whether `ops.call` may be asked: it sees the tensors, and what is asked here it does not."""
+    return not (is_compiling() or _log.isEnabledFor(DEBUG))
 
 
 def refuse_all_but_inference(*tensors: Tensor | None) -> None:
@@ -324,7 +319,7 @@ def refuse_all_but_inference(*tensors: Tensor | None) -> None:
             "a frozen layer has no gradients, and an argument requires one: call it under "
             "torch.no_grad() or torch.inference_mode(), or use the layer it was made from"
         )
-    if ops.transforms_active() or _in_forward_mode():
+    if ops.transforms_active() or ops.in_forward_mode():
         raise RuntimeError(
             "a frozen layer has no gradients: torch.func and forward-mode AD need the layer that "
             "it was made from"
@@ -468,7 +463,7 @@ def _route(
     route, reason = _choose(tensors, compiling, in_torch)
     if route == "torch" and not in_torch:
         route = "reference"
-    if not compiling and _log.isEnabledFor(logging.DEBUG):
+    if not compiling and _log.isEnabledFor(DEBUG):
         _log.debug("%s: %s%s", cell, route, reason and f", because {reason}")
         if route == "fused" and input.is_cuda:
             _log_schedule(_Call(cell, input, batch_sizes, h0, c0, weights, *options))
@@ -532,7 +527,7 @@ def _choose(tensors: list[Tensor], compiling: bool, in_torch: bool) -> tuple[str
     """The route of a call on [input, weight_ih, ...] and, unless it is "fused", the reason."""
     if ops.transforms_active():
         return "reference", "a torch.func transform is active"
-    if _in_forward_mode():
+    if ops.in_forward_mode():
         if compiling:
             raise RuntimeError(
                 "forward-mode AD of a compiled layer: inductor would lose the tangents. Call the "
@@ -630,7 +625,7 @@ def _fused(
         or (c0 is not None and c0.requires_grad)
     ):
         output, h_n, *c = ops.RNNFunction.apply(  # type: ignore[no-untyped-call]
-            *(cell, num_layers, bidirectional, batch_first, controls, recompute),
+            *(None, cell, num_layers, bidirectional, batch_first, controls, recompute),
             *(input, batch_sizes, h0, c0, *weights),
         )
         c_n, all_c = (*c, None, None)[:2]

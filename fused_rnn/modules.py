@@ -187,13 +187,36 @@ class _Layer(_Twin, nn.RNNBase):
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self.reset_parameters()
 
-    def _short_way(self, input: Any, hx: Any) -> Any:
-        """What `forward` returns if this is plain inference, else None."""
-        if self.regularisers is not None or (self.dropout and self.training) or not may_go_direct():
+    def _short_way(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Any = None,
+        reset: Any = None,
+        reset_to_initial: bool = False,
+    ) -> Any:
+        """What `forward` returns if this is a plain call, else None."""
+        own = self.__dict__  # nn.Module's __getattr__ makes self.num_layers ten times as slow
+        if (
+            self.regularisers is not None
+            or (own["dropout"] and own["training"])
+            or (self.recompute and torch.is_grad_enabled())
+            or not may_go_direct()
+        ):
             return None
-        return ops.infer(
-            *(self._cell, input, hx, 3, self._parameters, self._flat_weights_names),
-            *(self.num_layers, self.bidirectional, self.batch_first),
+        return ops.call(  # groups of arguments would be made a list, and then a tuple
+            self._cell,
+            input,
+            hx,
+            3,
+            own["_parameters"],
+            own["_flat_weights_names"],
+            own["num_layers"],
+            own["bidirectional"],
+            own["batch_first"],
+            lengths,
+            reset,
+            reset_to_initial,
         )
 
     def _run(
@@ -438,8 +461,8 @@ class LSTM(_Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
-        if lengths is None and reset is None and not return_all_states:
-            result = self._short_way(input, hx)
+        if not return_all_states:
+            result = self._short_way(input, hx, lengths, reset, reset_to_initial)
             if result is not None:
                 return result
         output, h_n, c_n, every = self._run(
@@ -687,8 +710,8 @@ class GRU(_Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
-        if lengths is None and reset is None and not return_all_states:
-            result = self._short_way(input, hx)
+        if not return_all_states:
+            result = self._short_way(input, hx, lengths, reset, reset_to_initial)
             if result is not None:
                 return result
         output, h_n, _, every = self._run(
@@ -823,8 +846,8 @@ class RNN(_Layer):
         reset_to_initial: bool = False,
         return_all_states: bool = False,
     ) -> Any:
-        if lengths is None and reset is None and not return_all_states:
-            result = self._short_way(input, hx)
+        if not return_all_states:
+            result = self._short_way(input, hx, lengths, reset, reset_to_initial)
             if result is not None:
                 return result
         output, h_n, _, every = self._run(
@@ -947,13 +970,16 @@ class _Cell(_Twin, nn.RNNCellBase):
         return getattr(self, name) if parameter is None else parameter
 
     def _short_way(self, input: Any, hx: Any) -> Any:
-        """What `forward` returns if this is plain inference, else None."""
+        """What `forward` returns if this is a plain call, else None."""
         if not may_go_direct():
             return None
         names = _WEIGHTS if self.bias else _WEIGHTS[:2]
         if self._unit_weight:
             names = *names, self._unit_weight
-        return ops.infer(self._cell, input, hx, 2, self._parameters, names, 1, False, False)
+        parameters = self.__dict__["_parameters"]
+        return ops.call(
+            self._cell, input, hx, 2, parameters, names, 1, False, False, None, None, False
+        )
 
     def _check_dims(self, name: str, input: Tensor, states: Iterable[Tensor], label: str) -> None:
         for k, tensor in enumerate(chain((input,), states)):

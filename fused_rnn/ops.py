@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -73,8 +74,9 @@ frozen: Callable[..., tuple[Tensor, Tensor, Tensor]]
 frozen_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 pack: Callable[..., list[Tensor]]
 # The same for a plain call, without the dispatcher; None where only the op can answer.
-infer: Callable[..., Any] = lambda *args: None  # noqa: E731
-infer_frozen: Callable[..., Any] = infer
+call: Callable[..., Any] = lambda *args: None  # noqa: E731
+call_frozen: Callable[..., Any] = call
+_plain_backward: Callable[..., Any] = call
 _forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 _forward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
@@ -85,6 +87,12 @@ _backward_controlled: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
+
+
+def in_forward_mode() -> bool:
+    return getattr(forward_ad, "_current_level", -1) >= 0  # in compiled code this is a guard
+
+
 # vmap maps over this tensor.
 is_batched: Callable[[Tensor], bool] = getattr(
     getattr(torch._C, "_functorch", None), "is_batchedtensor", lambda tensor: False
@@ -97,7 +105,7 @@ _VMAP_MODE = getattr(torch._C, "_dispatch_key_parse", lambda name: name)("VmapMo
 
 
 def _allow_direct() -> None:
-    """Tell `_C.infer` where to ask whether a call is plain. What cannot be asked is a no."""
+    """Tell `_C.call` where to ask whether a call is plain. What cannot be asked is a no."""
     names = (
         "_are_functorch_transforms_active",
         "_is_any_autocast_enabled",
@@ -109,7 +117,10 @@ def _allow_direct() -> None:
     probes.append(getattr(torch.autograd, "_profiler_enabled", None))
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if None not in probes and exchange is not None:
-        _C.allow_direct(Tensor, torch.nn.Parameter, exchange, Tensor.is_neg, tuple(probes))
+        _C.allow_direct(
+            *(Tensor, torch.nn.Parameter, exchange, Tensor.is_neg, tuple(probes)),
+            *(forward_ad, _record),
+        )
 
 
 def empty_cache() -> None:
@@ -129,12 +140,14 @@ def _save(question: tuple[Any, ...], controls: Controls | None) -> tuple[Tensor,
 class RNNFunction(torch.autograd.Function):
     """The ops under autograd: (output, h_n), for cells with c (output, h_n, c_n[, all_c]).
 
-    With `recompute` what backward needs is computed there, not kept.
+    With `recompute` what backward needs is computed there, not kept. `computed`: the outputs and
+    saved, if they are there already.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        computed: tuple[Tensor, ...] | None,
         cell: str,
         num_layers: int,
         bidirectional: bool,
@@ -153,7 +166,9 @@ class RNNFunction(torch.autograd.Function):
         count = 1 + reference.CELLS[cell].states
         outputs: Sequence[Tensor]
         saved = None
-        if recompute:
+        if computed is not None:
+            *outputs, saved = computed
+        elif recompute:
             outputs = _infer(question, controls)
         else:
             *outputs, saved = _save(question, controls)
@@ -164,29 +179,45 @@ class RNNFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, batch_sizes, h0, c0, saved, *masks, *weights)
         ctx.cell, ctx.options, ctx.controls = cell, options, controls
+        # Whether backward may go past the dispatcher as well.
+        ctx.plain = computed is not None or not (controls or recompute or batch_sizes is not None)
         return tuple(outputs[:count])
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[6:]
+        needs = ctx.needs_input_grad[7:]
         d_output, d_h_n, d_c_n, d_all_c = (*d_outputs, None, None)[:4]
         if d_output is None and d_h_n is None and d_c_n is None and d_all_c is None:
-            return (None,) * (6 + len(needs))
+            return (None,) * (7 + len(needs))
         input, batch_sizes, h0, c0, saved, *weights = ctx.saved_tensors
         controls: Controls | None = ctx.controls
+        masks: list[Any] = []
         if controls is not None:
             count = len(controls.masks())
-            controls, weights = controls.with_masks(*weights[:count]), weights[count:]
+            masks, weights = weights[:count], weights[count:]
         # Inside backward, gradients are enabled under create_graph only, and the key is there under
         # autograd.grad(is_grads_batched=True) only. The op has neither a derivative nor a batching
         # rule, the reference has both.
-        if not torch.compiler.is_compiling() and (
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (
             torch.is_grad_enabled() or transforms_active() or _is_key_included(_VMAP_MODE)
         ):
             tensors = [input, batch_sizes, h0, c0, *weights]
-            return (None,) * 6 + _differentiable_backward(
+            controls = controls and controls.with_masks(*masks)
+            return (None,) * 7 + _differentiable_backward(
                 ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
+        if ctx.plain and not compiling:
+            steps: tuple[Any, Any, bool] = None, None, False
+            if controls is not None:
+                steps = masks[0], masks[1], controls.reset_to_initial
+            found: tuple[Tensor | None, ...] | None = _plain_backward(
+                *(needs, d_output, d_h_n, d_c_n, ctx.cell, input, h0, c0, weights),
+                *(*ctx.options, *steps, saved),
+            )
+            if found is not None:
+                return (None,) * 7 + found
+        controls = controls and controls.with_masks(*masks)
         need_input, _, need_h0, need_c0, *need_weights = needs
         question = ctx.cell, input, batch_sizes, h0, c0, weights, *ctx.options
         if saved is None:
@@ -198,12 +229,43 @@ class RNNFunction(torch.autograd.Function):
             seeds = d_output, d_h_n, d_c_n, d_all_c
             gradients = _backward_controlled(*seeds, *question, *wanted, *controls)
         d_input, d_h0, d_c0, d_weights = gradients
-        return (None,) * 6 + tuple(
+        return (None,) * 7 + tuple(
             [
                 d if need else None
                 for d, need in zip((d_input, None, d_h0, d_c0, *d_weights), needs, strict=True)
             ]
         )
+
+
+# RNNFunction.apply without what torch.func needs: while it is active no call is plain.
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, RNNFunction).apply
+
+
+def _record(
+    computed: tuple[Tensor, ...],
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_to_initial: bool,
+) -> Any:
+    """What a layer or cell returns whose outputs and `saved` a plain call has computed."""
+    controls = None
+    if lengths is not None or reset is not None:
+        controls = Controls(lengths, reset, reset_to_initial)
+    output, h_n, *c_n = _apply(
+        *(computed, cell, num_layers, bidirectional, batch_first, controls, False),
+        *(input, None, h0, c0, *weights),
+    )
+    if input.dim() == 2:
+        return (output, c_n[0]) if c_n else output
+    return output, (h_n, c_n[0]) if c_n else h_n
 
 
 def _differentiable_backward(
@@ -479,7 +541,7 @@ if available:
     frozen = torch.ops.fused_rnn.frozen.default
     frozen_controlled = torch.ops.fused_rnn.frozen.controlled
     pack = torch.ops.fused_rnn.pack.default
-    infer, infer_frozen = _C.infer, _C.infer_frozen
+    call, call_frozen, _plain_backward = _C.call, _C.call_frozen, _C.backward
     _allow_direct()
     _forward = torch.ops.fused_rnn.forward.default
     _forward_controlled = torch.ops.fused_rnn.forward.controlled

@@ -27,7 +27,7 @@ struct DLDataType {
 
   bool operator==(const DLDataType&) const = default;
 };
-constexpr uint8_t kFloat = 2, kBfloat = 4;  // codes
+constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6;  // codes
 
 struct DLTensor {
   void* data;

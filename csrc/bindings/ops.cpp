@@ -185,7 +185,6 @@ const View& checked(const View& tensor, const char* name, const char* symbols,
   return tensor;
 }
 
-// Smaller tensors are as cheap from torch.
 constexpr size_t kWorthKeeping = size_t(1) << 20;
 
 // The arguments that all ops have in common, in their order.
@@ -271,8 +270,9 @@ class Call {
   Tensor empty(const Shape& shape) const { return empty_on(device, shape, type); }
   // The same where a training step asks for it every time: large ones live in memory of our own.
   Tensor empty_kept(const Shape& shape, ScalarType of) const {
+    if (!device.cpu || (!worth_keeping(shape, of) && of == type))
+      return empty_on(device, shape, of);
     const size_t bytes = size_t(shape.numel()) * size_of(of);
-    if (!device.cpu || (bytes < kWorthKeeping && of == type)) return empty_on(device, shape, of);
     const Shape strides = shape.contiguous_strides();
     return torch::stable::from_blob(take_block(bytes, Use::kTensor), {shape.data(), shape.size()},
                                     {strides.data(), strides.size()}, DeviceType::CPU, of,
@@ -285,9 +285,9 @@ class Call {
     if (!device.cpu) return copy_on_cuda(from, to.data_ptr(), bytes, device.index);
     from ? std::memcpy(to.data_ptr(), from, bytes) : std::memset(to.data_ptr(), 0, bytes);
   }
-  Tensor zeros(const Shape& shape) const {
-    Tensor tensor = empty(shape);
-    return torch::stable::zero_(tensor);
+  // Whether memory of our own is worth more than torch's: smaller tensors are as cheap from there.
+  static bool worth_keeping(const Shape& shape, ScalarType of) {
+    return size_t(shape.numel()) * size_of(of) >= kWorthKeeping;
   }
   Tensor nothing() const { return empty({0}); }
 
@@ -297,12 +297,9 @@ class Call {
             tensor.stride(batch_first_ ? 0 : 1), false};
   }
   // Zeros where a padded tensor [T, B, features] has no steps.
-  void clear_padding(Tensor& tensor) const {
+  void clear_padding(const View& tensor) const {
     if (!is_padded()) return;
-    if (!device.cpu) {
-      torch::stable::zero_(tensor);
-      return;
-    }
+    if (!device.cpu) return tensor.zero();
     const Sequence rows = sequence(tensor);
     const size_t size = size_of(type);
     const size_t bytes = size * size_t(tensor.size(2));
@@ -656,6 +653,8 @@ struct Places {
 
 void run_forward(Call& call, const Places& to) {
   const Stack& stack = call.stack;
+  call.clear_padding(to.output);
+  if (to.all_c) call.clear_padding(*to.all_c);
   if (stack.steps.N == 0) {
     if (to.h_n) call.keep_state(stack.h0, *to.h_n);
     if (to.c_n) call.keep_state(stack.c0, *to.c_n);
@@ -682,8 +681,6 @@ Outputs run_forward(Call& call, bool save) {
       call.has_c() ? call.empty(call.c_shape()) : call.nothing(), std::nullopt, std::nullopt};
   if (call.all_c()) out.all_c = call.empty(call.all_c_shape());
   if (save) out.saved = call.empty_kept(call.saved_shape(), call.saved_type());
-  call.clear_padding(out.output);
-  if (out.all_c) call.clear_padding(*out.all_c);
   Places to{out.output, {}, {}, out.all_c, save ? out.saved->data_ptr() : nullptr};
   if (!call.is_step()) to.h_n = out.h_n;
   if (call.has_c()) to.c_n = out.c_n;
@@ -756,20 +753,14 @@ AllResults frozen_controlled(const std::string& cell, const Tensor& input,
 }
 
 struct Seeds {
-  const MaybeTensor& output;
-  const MaybeTensor& h_n;
-  const MaybeTensor& c_n;
-  const MaybeTensor& all_c;
-};
-struct Needs {
-  bool input;
-  bool state;
-  bool weights;
+  MaybeView output, h_n, c_n, all_c;
 };
 
-Gradients run_backward(const Seeds& seeds, const Question& question, const Tensor& saved,
-                       const Needs& needs, const Controls& controls) {
-  Call call(question, controls);
+// make(shape): a new tensor of the call's dtype for a gradient that is needed. They are asked for
+// in the order of the op's results.
+template <class MakeGradient>
+void run_backward(const Seeds& seeds, Call& call, const View& saved, const Needs& needs,
+                  MakeGradient make) {
   const Stack& stack = call.stack;
   BackwardProblem problem;
   static_cast<Stack&>(problem) = stack;
@@ -792,45 +783,61 @@ Gradients run_backward(const Seeds& seeds, const Question& question, const Tenso
     problem.d_c_n =
         call.checked_contiguous(*seeds.c_n, "d_c_n", "that of c_n", call.c_shape(), call.type);
 
-  // An empty batch has no steps to write its results.
-  const auto result = [&](bool needed, const Shape& shape) {
-    if (!needed) return call.nothing();
-    return stack.steps.N ? call.empty_kept(shape, call.type) : call.zeros(shape);
-  };
-  Tensor d_input = result(needs.input, call.input_shape());
-  Tensor d_h0 = result(needs.state, call.h_shape());
-  Tensor d_c0 = result(needs.state && call.has_c(), call.c_shape());
-  std::vector<Tensor> d_weights;
-  d_weights.reserve(question.weights.size());
-  for (const Shape& shape : call.weight_shapes()) d_weights.push_back(result(needs.weights, shape));
-  if (stack.steps.N == 0) {
-    call.keep_state(problem.d_h_n, d_h0);
-    call.keep_state(problem.d_c_n, d_c0);
-    return {d_input, d_h0, d_c0, d_weights};
+  const bool empty = stack.steps.N == 0;  // has no steps to write its results
+  if (needs.input) {
+    const View d_input = make(call.input_shape());
+    problem.d_input = call.sequence(d_input);
+    empty ? call.keep_state(nullptr, d_input) : call.clear_padding(d_input);
   }
-
+  if (needs.state) {
+    const View d_h0 = make(call.h_shape());
+    problem.d_h0 = d_h0.data_ptr();
+    if (empty) call.keep_state(problem.d_h_n, d_h0);
+  }
+  if (needs.state && call.has_c()) {
+    const View d_c0 = make(call.c_shape());
+    problem.d_c0 = d_c0.data_ptr();
+    if (empty) call.keep_state(problem.d_c_n, d_c0);
+  }
   std::vector<WeightGrads> grads;
   if (needs.weights) {
-    auto next = d_weights.begin();
+    auto shape = call.weight_shapes().begin();
+    const auto next = [&] {
+      const View d_weight = make(*shape++);
+      if (empty) call.keep_state(nullptr, d_weight);
+      return d_weight.data_ptr();
+    };
     for (int64_t plane = 0; plane < stack.layers * stack.dirs; ++plane) {
       const Weights& w = stack.weights[plane];
       WeightGrads& g = grads.emplace_back();
-      g.ih = next++->data_ptr();
-      (w.hh ? g.hh : g.diag) = next++->data_ptr();
-      if (w.bias_ih) g.bias_ih = next++->data_ptr();
-      if (w.bias_hh) g.bias_hh = next++->data_ptr();
-      if (w.hr) g.hr = next++->data_ptr();
-      if (w.hh && w.diag) g.diag = next++->data_ptr();
+      g.ih = next();
+      (w.hh ? g.hh : g.diag) = next();
+      if (w.bias_ih) g.bias_ih = next();
+      if (w.bias_hh) g.bias_hh = next();
+      if (w.hr) g.hr = next();
+      if (w.hh && w.diag) g.diag = next();
     }
     problem.d_weights = grads.data();
   }
-  if (needs.input) {
-    problem.d_input = call.sequence(d_input);
-    call.clear_padding(d_input);
-  }
-  if (needs.state) problem.d_h0 = d_h0.data_ptr();
-  if (needs.state && call.has_c()) problem.d_c0 = d_c0.data_ptr();
-  call.run(problem);
+  if (!empty) call.run(problem);
+}
+
+Gradients run_backward(const Seeds& seeds, const Question& question, const Tensor& saved,
+                       const Needs& needs, const Controls& controls) {
+  Call call(question, controls);
+  std::vector<Tensor> made;
+  made.reserve(3 + call.weight_shapes().size());  // views point into it
+  run_backward(seeds, call, saved, needs, [&](const Shape& shape) -> View {
+    return made.emplace_back(call.empty_kept(shape, call.type));
+  });
+  auto next = made.begin();
+  const auto take = [&](bool needed) { return needed ? std::move(*next++) : call.nothing(); };
+  Tensor d_input = take(needs.input);
+  Tensor d_h0 = take(needs.state);
+  Tensor d_c0 = take(needs.state && call.has_c());
+  std::vector<Tensor> d_weights;
+  d_weights.reserve(call.weight_shapes().size());
+  for (size_t i = 0; i < call.weight_shapes().size(); ++i) d_weights.push_back(take(needs.weights));
   return {std::move(d_input), std::move(d_h0), std::move(d_c0), std::move(d_weights)};
 }
 
@@ -890,7 +897,7 @@ Gradients backward(const MaybeTensor& d_output, const MaybeTensor& d_h_n, const 
                    int64_t num_layers, bool bidirectional, bool batch_first, const Tensor& saved,
                    bool need_input, bool need_state, bool need_weights) {
   return run_backward(
-      {d_output, d_h_n, d_c_n, kNone},
+      {d_output, d_h_n, d_c_n, {}},
       {cell, input, batch_sizes, h0, c0, weights, num_layers, bidirectional, batch_first}, saved,
       {need_input, need_state, need_weights}, kNoControls);
 }
@@ -913,19 +920,51 @@ Gradients backward_controlled(
 
 }  // namespace
 
-void infer(const std::string& cell, const View& input, const MaybeView& h0, const MaybeView& c0,
-           Views weights, const FrozenSizes* frozen, int64_t num_layers, bool bidirectional,
-           bool batch_first, const Make& make) {
-  Call call({cell, input, {}, h0, c0, std::move(weights), num_layers, bidirectional, batch_first},
-            kNoControls, frozen);
-  check(!h0 || call.has_c() == c0.has_value(), "h0 and c0 come together");
+namespace {
+
+Call understood(PlainQuestion& q, const FrozenSizes* frozen) {
+  return Call({q.cell,
+               *q.input,
+               {},
+               q.h0,
+               q.c0,
+               std::move(q.weights),
+               q.num_layers,
+               q.bidirectional,
+               q.batch_first},
+              {q.lengths, q.reset, q.reset_to_initial, {}, 0.0, 0.0, {}, false}, frozen);
+}
+
+}  // namespace
+
+void infer(PlainQuestion question, const FrozenSizes* frozen, bool save, const Make& make) {
+  Call call = understood(question, frozen);
+  check(!question.h0 || call.has_c() == question.c0.has_value(), "h0 and c0 come together");
   const auto empty = [&](const Shape& shape) {
-    return make(shape.data(), shape.size(), call.type);
+    return make(shape.data(), shape.size(), call.type, false);
   };
   Places to{empty(call.output_shape()), {}, {}, {}};
-  if (!call.is_step()) to.h_n = empty(call.h_shape());
+  if (!call.is_step())
+    to.h_n = empty(call.h_shape());
+  else if (save)
+    empty({0});
   if (call.has_c()) to.c_n = empty(call.c_shape());
+  if (save) {
+    const Shape shape = call.saved_shape();
+    const bool keep = call.worth_keeping(shape, call.saved_type());
+    to.saved = make(shape.data(), shape.size(), call.saved_type(), keep).data_ptr();
+  }
   run_forward(call, to);
+}
+
+void differentiate(const PlainSeeds& seeds, PlainQuestion question, const View& saved,
+                   const Needs& needs, const Make& make) {
+  Call call = understood(question, nullptr);
+  run_backward({seeds.output, seeds.h_n, seeds.c_n, {}}, call, saved, needs,
+               [&](const Shape& shape) {
+                 const bool keep = call.worth_keeping(shape, call.type);
+                 return make(shape.data(), shape.size(), call.type, keep);
+               });
 }
 
 }  // namespace fused_rnn

@@ -53,6 +53,11 @@ class View {
     if (!tensor_) throw std::runtime_error("fused_rnn: the memory is not contiguous");
     return torch::stable::contiguous(*tensor_);
   }
+  void zero() const {
+    if (!tensor_) throw std::runtime_error("fused_rnn: the memory is not torch's");
+    Tensor tensor = *tensor_;
+    torch::stable::zero_(tensor);
+  }
 
  private:
   const Tensor* tensor_ = nullptr;
