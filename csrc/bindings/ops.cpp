@@ -932,7 +932,7 @@ Call understood(PlainQuestion& q, const FrozenSizes* frozen) {
                q.num_layers,
                q.bidirectional,
                q.batch_first},
-              {q.lengths, q.reset, q.reset_to_initial, {}, 0.0, 0.0, {}, false}, frozen);
+              {q.lengths, q.reset, q.reset_to_initial, {}, 0.0, 0.0, {}, {}, false}, frozen);
 }
 
 }  // namespace
