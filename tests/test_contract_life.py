@@ -158,8 +158,10 @@ def test_old_checkpoints(kind: str, age: str) -> None:
         state["all_weights"] = state.pop("_all_weights")
     if age == "no names":
         state["_all_weights"] = [[parameter] for parameter in layer.parameters()]
+    state["_flat_weights"] = list(layer.parameters())  # where torch.nn's layers keep them
     restored = type(layer).__new__(type(layer))
     restored.__setstate__(state)
+    assert "_flat_weights" not in vars(restored)  # they would live as long as the layer
     assert restored.proj_size == layer.proj_size
     assert restored._all_weights == names
     assert same(restored, layer)

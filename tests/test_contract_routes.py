@@ -54,6 +54,18 @@ def traced(layer: Any, input: Tensor) -> None:
     torch.jit.trace(layer, input)
 
 
+class Watched(Tensor):
+    """A subclass that is asked before torch's functions, and so must see one."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def of_a_subclass(layer: Any, input: Tensor) -> None:
+    layer(input.as_subclass(Watched))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("call", "expected"),
@@ -65,6 +77,7 @@ def traced(layer: Any, input: Tensor) -> None:
         (on_meta, "gru: torch, because"),
         (of_complex, "gru: torch, because"),
         (traced, "gru: torch, because"),
+        (of_a_subclass, "gru: torch, because a tensor subclass"),
     ],
 )
 def test_the_log_names_the_route_and_the_reason(
