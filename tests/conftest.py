@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def conditions() -> Iterator[None]:
     One thread unless a test wants more: on a busy machine OpenMP's waiting takes minutes.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    log = logging.getLogger("fused_rnn")
+    level = log.level
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
@@ -43,6 +46,7 @@ def conditions() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+    log.setLevel(level)  # no call is plain while somebody reads along
 
 
 @pytest.fixture(params=["emu", pytest.param("cuda", marks=pytest.mark.gpu)])
