@@ -58,8 +58,8 @@ class Watched(Tensor):
     """A subclass that is asked before torch's functions, and so must see one."""
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return super().__torch_function__(function, types, args, kwargs or {})
+    def __torch_function__(cls, *args: Any) -> Any:
+        return super().__torch_function__(*args)
 
 
 def of_a_subclass(layer: Any, input: Tensor) -> None:
