@@ -745,6 +745,12 @@ def test_memory_is_the_peak_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Shape("wide", "RNN", 1, 1, 1, 1024)
     for _ in range(2):
         assert 3.5 < memory.growth("fused_rnn", wide, "float32") < 14
+    # Gates and states of every step, 24 MiB, or states of some of them.
+    saving, recompute = (
+        memory.growth("fused_rnn", Shape(name, "LSTM", 500, 32, 8, 64), "float32")
+        for name in ("grid", "recompute")
+    )
+    assert recompute < saving - 10
 
 
 def test_memory_from_the_command_line_in_fresh_processes(
