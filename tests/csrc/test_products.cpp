@@ -122,8 +122,9 @@ void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
   std::vector<W> packed(size_t(packed_rows<W>(K) * Np));
   std::vector<A> out(size_t(rows * Np));
   for_panels<A>(1, 0, Np, [&](int64_t column, int vectors) {
-    pack_rows(w.data(), gates, H, Hp, N, column, vectors,
-              packed.data() + column * packed_rows<W>(K));
+    for (int64_t row = 0; row < gates * Hp; row += kRowsAtOnce)
+      pack_rows(w.data(), gates, H, Hp, N, row / Hp, row % Hp, column, vectors,
+                packed.data() + column * packed_rows<W>(K));
   });
   for_panels_at_once<A>(rows, 1, 0, Np, [&](int64_t column, int vectors, int panels) {
     for_row_tiles<O, W>(rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
