@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypedDict
 
 import torch
@@ -70,9 +70,7 @@ def forced_schedule() -> str | None:
     """What `force_schedule` or the environment asks for now."""
     from . import _C
 
-    forced = _C.force_schedule(None)
-    _C.force_schedule(forced)
-    return forced
+    return _C.forced_schedule()
 
 
 def describe_schedule(persistent: Persistent, forced: str | None = None) -> str:
@@ -97,7 +95,20 @@ def describe(plan: Plan) -> str:
 
 
 @contextmanager
-def force_split(split: str | None) -> Iterator[None]:
+def _forced(function: str, wanted: str | None) -> Iterator[None]:
+    if not ops.available:
+        raise RuntimeError(f"fused_rnn.{function}: {ops.unavailable_reason}")
+    from . import _C
+
+    force = getattr(_C, function)
+    before = force(wanted)
+    try:
+        yield
+    finally:
+        force(before)
+
+
+def force_split(split: str | None) -> AbstractContextManager[None]:
     """Within this context, threads share every call as told, in the whole process.
 
     For measuring and for tests; the environment variable FUSED_RNN_SPLIT does the same for a whole
@@ -111,19 +122,10 @@ def force_split(split: str | None) -> Iterator[None]:
         RuntimeError: at a call that cannot be split so, with the sentence that the log
             (`logging.getLogger("fused_rnn.strategy")`, level DEBUG) has for it.
     """
-    if not ops.available:
-        raise RuntimeError(f"fused_rnn.force_split: {ops.unavailable_reason}")
-    from . import _C
-
-    before = _C.force_split(split)
-    try:
-        yield
-    finally:
-        _C.force_split(before)
+    return _forced("force_split", split)
 
 
-@contextmanager
-def force_schedule(schedule: str | None) -> Iterator[None]:
+def force_schedule(schedule: str | None) -> AbstractContextManager[None]:
     """Within this context, every forward scan on CUDA is scheduled as told, in the whole process.
 
     For measuring and for tests; the environment variable FUSED_RNN_SCHEDULE does the same for a
@@ -136,15 +138,7 @@ def force_schedule(schedule: str | None) -> Iterator[None]:
         ValueError: there is no such schedule.
         RuntimeError: at a call that cannot be persistent, with the reason.
     """
-    if not ops.available:
-        raise RuntimeError(f"fused_rnn.force_schedule: {ops.unavailable_reason}")
-    from . import _C
-
-    before = _C.force_schedule(schedule)
-    try:
-        yield
-    finally:
-        _C.force_schedule(before)
+    return _forced("force_schedule", schedule)
 
 
 if ops.available:

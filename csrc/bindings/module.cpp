@@ -250,14 +250,17 @@ py::dict schedule(const std::string& name, int64_t H, const std::string& dtype, 
   return result;
 }
 
+std::optional<std::string> schedule_named_by(int index) {
+  return index < 0 ? std::nullopt : std::optional<std::string>(cuda::kScheduleNames[index]);
+}
+
 // Forces a schedule on CUDA, or nothing (None); what was forced before.
 std::optional<std::string> force_schedule(const std::optional<std::string>& name) {
   const auto* const names = cuda::kScheduleNames;
   const auto* const found = std::find(names, names + cuda::kSchedules, name.value_or(""));
   if (name && found == names + cuda::kSchedules)
     throw py::value_error("schedule must be stepwise, persistent or None, got '" + *name + "'");
-  const int before = cuda::forced_schedule.exchange(name ? int(found - names) : -1);
-  return before < 0 ? std::nullopt : std::optional<std::string>(names[before]);
+  return schedule_named_by(cuda::forced_schedule.exchange(name ? int(found - names) : -1));
 }
 
 // Forces a split, or nothing (None); what was forced before.
@@ -351,5 +354,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("sms"), py::arg("shared_per_block"), py::arg("projected") = false,
         py::arg("ragged") = false, py::arg("controlled") = false);
   m.def("force_schedule", &force_schedule, py::arg("schedule"));
+  m.def("forced_schedule", [] { return schedule_named_by(cuda::forced_schedule); });
   if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();
 }
