@@ -92,7 +92,7 @@ void pack_transposed(const S* w, int gates, int64_t H, int64_t K, int64_t unit, 
 // kRowsAtOnce rows from j = first on; rows H <= j < Hp are zero. A panel's lines of all rows are in
 // few sets of the caches where N is a power of two: who packs a few rows for all panels finds them
 // again.
-constexpr int64_t kRowsAtOnce = 16;
+constexpr int64_t kRowsAtOnce = kUnitPad;
 template <class S>
 void pack_rows(const S* w, int64_t G, int64_t H, int64_t Hp, int64_t N, int64_t g, int64_t first,
                int64_t column, int vectors, Packed<S>* dst) {
