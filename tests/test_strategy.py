@@ -125,6 +125,8 @@ FORCED = [
     ((7, 300, 5, 20), {"layers": 2}),
     ((12, 20, 9, 48), {"bidirectional": True}),
     ((0, 0, 6, 40), {"batch_sizes": (9, 9, 7, 7, 3, 3, 1), "layers": 3}),
+    ((0, 0, 6, 20), {"batch_sizes": tuple(range(40, 0, -1))}),  # shared anew in every chunk
+    ((0, 0, 6, 20), {"batch_sizes": (300, 290, 40, 40, 1)}),  # ... and in blocks
 ]
 
 

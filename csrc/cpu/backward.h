@@ -89,6 +89,7 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.d_hh = arena.take<A>(sums && info_.recurrent ? G_ * p_.H * p_.R : 0);
       dir.d_hr = arena.take<A>(sums && p_.projected() ? p_.R * p_.H : 0);
       dir.chunk_offsets = arena.take<int64_t>(team(d).size() * (plan_.chunk_steps + 1));
+      dir.walkers = arena.take<Member>(team(d).size());
       // Directions add up in the gradient of their input: the second one, and where that sum would
       // be rounded twice the first, write to memory of their own.
       dir.d_input =
@@ -150,6 +151,7 @@ class BackwardScan : Scan<BackwardProblem> {
     A* d_hr;
     A* d_input;              // [N, I]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: rows of the chunk before each step
+    Member* walkers;         // [members]
   };
 
   struct Task {
@@ -198,7 +200,7 @@ class BackwardScan : Scan<BackwardProblem> {
 
   void run_block(const Task& task, const Crew& crew) {
     each_member(crew, [&](const Member& member) { start(task, member); });
-    if (crew.block == 0 || plan_.split == Split::kUnits) wait_for_team(crew);
+    if (crew.block == 0 || plan_.split == Split::kUnits || shares_chunks()) wait_for_team(crew);
     const Range rows = rows_of_block(crew);
     for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
       const int64_t count =
@@ -209,18 +211,21 @@ class BackwardScan : Scan<BackwardProblem> {
       offsets[0] = 0;
       for (int64_t i = 0; i < count; ++i) offsets[i + 1] = offsets[i] + alive(rows, first + i);
       const Chunk chunk{first, count, rows.begin, offsets, done == 0 && crew.block == 0};
+      each_member(crew, [&](const Member& member) { share_chunk(task, member, rows, chunk); });
+      const auto each_walker = [&](auto body) {
+        each_member(crew, [&](const Member& member) { body(task.dir->walkers[member.index]); });
+      };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + count - 1 - i : first + i;
-        each_member(crew, [&](const Member& member) { gate_gradients(task, member, chunk, t); });
+        each_walker([&](const Member& member) { gate_gradients(task, member, chunk, t); });
         if (info_.two_products()) {
           if (plan_.split == Split::kUnits) wait_for_team(crew);
-          each_member(crew,
-                      [&](const Member& member) { operand_gradients(task, member, chunk, t); });
+          each_walker([&](const Member& member) { operand_gradients(task, member, chunk, t); });
         }
         if (plan_.split == Split::kUnits) wait_for_team(crew);
         // Behind the last step lies h0, whose gradient may not be wanted.
         if (p_.d_h0 || done + i + 1 < steps_.T)
-          each_member(crew, [&](const Member& member) {
+          each_walker([&](const Member& member) {
             if (info_.recurrent) state_gradients(task, member, chunk, t);
             reset(task, member, t);
           });
@@ -236,6 +241,19 @@ class BackwardScan : Scan<BackwardProblem> {
       lead(task.layer);
     }
     each_member(crew, [&](const Member& member) { finish(task, member); });
+  }
+
+  // Whether members that have sequences of their own share them anew in every chunk: they wait for
+  // each other there, and in one chunk only the longest are alive.
+  bool shares_chunks() const { return plan_.split == Split::kRows && steps_.lengths; }
+
+  // What a member walks through in a chunk.
+  void share_chunk(const Task& task, const Member& member, Range rows, const Chunk& chunk) {
+    Member& walker = task.dir->walkers[member.index];
+    walker = member;
+    if (!shares_chunks()) return;
+    RowParts parts(steps_, member.size, rows, {chunk.first, chunk.first + chunk.count});
+    for (int i = 0; i <= member.index; ++i) walker.rows = parts.next();
   }
 
   void prepare(const Task& task, const Member& member) {

@@ -244,17 +244,27 @@ Range part_of(int64_t count, int64_t unit, int index, int parts) {
   return {border(index), border(index + 1)};
 }
 
+RowParts::RowParts(const Steps& steps, int parts, Range rows, Range time)
+    : steps_(steps), parts_(parts), rows_(rows), time_(time), row_(rows.begin) {
+  for (int64_t row = rows.begin; steps_.lengths && row < rows.end; ++row) total_ += length(row);
+}
+
+// Steps of a row inside `time`.
+int64_t RowParts::length(int64_t row) const {
+  return std::clamp<int64_t>(steps_.lengths[row] - time_.begin, 0, time_.size());
+}
+
 Range RowParts::next() {
   const int64_t begin = row_;
   ++index_;
   if (!steps_.lengths) {
-    row_ = steps_.B * index_ / parts_;
+    row_ = rows_.begin + rows_.size() * index_ / parts_;
   } else if (index_ == parts_) {
-    row_ = steps_.B;
+    row_ = rows_.end;
   } else {
     // A row belongs to the part in which its middle step lies, counting sequence by sequence.
-    while (row_ < steps_.B && walked_ + steps_.lengths[row_] / 2 < steps_.N * index_ / parts_)
-      walked_ += steps_.lengths[row_++];
+    while (row_ < rows_.end && walked_ + length(row_) / 2 < total_ * index_ / parts_)
+      walked_ += length(row_++);
   }
   return {begin, row_};
 }

@@ -62,18 +62,24 @@ struct Range {
 // Part `index` of [0, count) in `parts` nearly equal parts whose borders are multiples of `unit`.
 Range part_of(int64_t count, int64_t unit, int index, int parts);
 
-// Divides the rows of a batch into `parts` ranges that follow one another, equal in steps where
-// sequences differ in length. Every call of next() gives one.
+// Divides rows of a batch into `parts` ranges that follow one another, equal in what they have of
+// the steps `time` where sequences differ in length. Every call of next() gives one.
 class RowParts {
  public:
-  RowParts(const Steps& steps, int parts) : steps_(steps), parts_(parts) {}
+  RowParts(const Steps& steps, int parts, Range rows, Range time);
+  RowParts(const Steps& steps, int parts) : RowParts(steps, parts, {0, steps.B}, {0, steps.T}) {}
   Range next();
 
  private:
+  int64_t length(int64_t row) const;
+
   const Steps& steps_;
   const int parts_;
+  const Range rows_;
+  const Range time_;
+  int64_t total_ = 0;  // steps of all rows
   int index_ = 0;
-  int64_t row_ = 0;
+  int64_t row_;
   int64_t walked_ = 0;  // steps of the rows before row_
 };
 
