@@ -79,6 +79,26 @@ def test_products(products: str, tmp_path: Path) -> None:
     print(run(binary))
 
 
+@pytest.mark.slow
+def test_threads_that_take_over_from_one_another(tmp_path: Path) -> None:
+    """Under ThreadSanitizer, which the library as a whole does not run under: torch would not."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-fsanitize=thread",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    binary = tmp_path / "test_team"
+    sources = [CSRC / "test_team.cpp", ROOT / "csrc" / "cpu" / "team.cpp"]
+    run(*compiler, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", binary)
+    print(run("timeout", "60", binary))  # a thread that is forgotten waits without end
+
+
 def test_constants_are_those_of_the_script() -> None:
     """math.h holds the numbers that tools/fit_polynomials.py derives, in its order."""
     script = runpy.run_path(str(ROOT / "tools" / "fit_polynomials.py"))

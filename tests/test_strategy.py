@@ -226,6 +226,7 @@ def test_pauses_grow_while_the_machine_stays_busy_and_end_when_it_is_quiet() -> 
     pressure = _C.Pressure()
     now, pauses = 0, []
     for _ in range(9):
+        now += 8 * MS
         pressure.report(now, total=8 * MS, lost=6 * MS)
         start = now
         while pressure.high(now):
@@ -233,10 +234,22 @@ def test_pauses_grow_while_the_machine_stays_busy_and_end_when_it_is_quiet() -> 
         pauses.append((now - start) // MS)
     assert pauses == [4, 8, 16, 32, 64, 128, 256, 256, 256]
     for _ in range(6):
+        now += 8 * MS
         pressure.report(now, total=8 * MS, lost=MS)
         assert not pressure.high(now)
+    now += 8 * MS
     pressure.report(now, total=8 * MS, lost=6 * MS)
     assert not pressure.high(now + 4 * MS)
+
+
+def test_a_call_that_went_on_alone_is_not_counted_again_when_it_ends() -> None:
+    pressure = _C.Pressure()
+    pressure.report(10 * MS, total=6 * MS, lost=5 * MS)  # the thread that took over
+    pressure.report(11 * MS, total=7 * MS, lost=6 * MS)  # the end of the same call
+    assert not pressure.high(14 * MS)  # no longer pause
+    pressure.report(12 * MS, total=8 * MS, lost=0)
+    pressure.report(20 * MS, total=6 * MS, lost=5 * MS)
+    assert pressure.high(27 * MS)  # nor a shorter one after the next loss
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ class BackwardScan : Scan<BackwardProblem> {
   void run(int begin, int end) {
     if (by_layers())
       return for_my_layers(begin, end, p_.layers - 1, -1,
-                           [&](int64_t layer, const Crew& crew) { run_direction(layer, crew); });
+                           [&](int64_t layer, Crew& crew) { run_direction(layer, crew); });
     for (int64_t layer = p_.layers - 1; layer >= 0; --layer) {
-      for_my_crews(begin, end, [&](const Crew& crew) { run_direction(layer, crew); });
+      for_my_crews(begin, end, [&](Crew& crew) { run_direction(layer, crew); });
       if (p_.dirs == 2 && needs_input(layer)) {
         wait_for_everyone(begin, end);
         for (int id = begin; id < end; ++id)
@@ -187,22 +187,25 @@ class BackwardScan : Scan<BackwardProblem> {
     return static_cast<const A*>(p_.saved) + (plane * steps_.N + row) * slots_ * Hp_;
   }
 
-  void run_direction(int64_t layer, const Crew& crew) {
+  void run_direction(int64_t layer, Crew& crew) {
     const int64_t d = crew.d;
     const int64_t plane = layer * p_.dirs + d;
     const Task task{
         layer, d, &directions_[slot_of_work(layer, d)], p_.weights[plane], p_.input_size(layer),
         plane};
     each_member(crew, [&](const Member& member) { prepare(task, member); });
-    for (int block = 0; block < plan_.blocks; ++block) run_block(task, {d, crew.members, block});
+    for (int block = 0; block < plan_.blocks; ++block) {
+      crew.block = block;
+      run_block(task, crew);
+    }
     each_member(crew, [&](const Member& member) { finish_weights(task, member); });
   }
 
-  void run_block(const Task& task, const Crew& crew) {
+  void run_block(const Task& task, Crew& crew) {
     each_member(crew, [&](const Member& member) { start(task, member); });
     if (crew.block == 0 || plan_.split == Split::kUnits || shares_chunks()) wait_for_team(crew);
     const Range rows = rows_of_block(crew);
-    for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
+    for (int64_t done = 0; done < steps_.T && crew.members.size(); done += plan_.chunk_steps) {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = task.d == 0 ? steps_.T - done - count : done;

@@ -59,9 +59,9 @@ class ForwardScan : Scan<ForwardProblem> {
   void run(int begin, int end) {
     if (by_layers())
       return for_my_layers(begin, end, 0, 1,
-                           [&](int64_t layer, const Crew& crew) { run_direction(layer, crew); });
+                           [&](int64_t layer, Crew& crew) { run_direction(layer, crew); });
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
-      for_my_crews(begin, end, [&](const Crew& crew) { run_direction(layer, crew); });
+      for_my_crews(begin, end, [&](Crew& crew) { run_direction(layer, crew); });
       // The next layer reads both directions' output, and packs into the memory that this one uses.
       if (layer + 1 < p_.layers) wait_for_everyone(begin, end);
     }
@@ -111,7 +111,7 @@ class ForwardScan : Scan<ForwardProblem> {
                          p_.weight_sizes(layer));
   }
 
-  void run_direction(int64_t layer, const Crew& crew) {
+  void run_direction(int64_t layer, Crew& crew) {
     const int64_t d = crew.d;
     const Task task{layer,
                     d,
@@ -122,15 +122,18 @@ class ForwardScan : Scan<ForwardProblem> {
                     layer == 0 ? p_.input : between(layer - 1),
                     layer + 1 == p_.layers ? p_.output : between(layer)};
     if (!p_.frozen()) each_member(crew, [&](const Member& member) { prepare(task, member); });
-    for (int block = 0; block < plan_.blocks; ++block) run_block(task, {d, crew.members, block});
+    for (int block = 0; block < plan_.blocks; ++block) {
+      crew.block = block;
+      run_block(task, crew);
+    }
   }
 
-  void run_block(const Task& task, const Crew& crew) {
+  void run_block(const Task& task, Crew& crew) {
     each_member(crew, [&](const Member& member) { start(task, member); });
     // Members of a row split share the packed weights. Members of a unit split pack their own, but
     // read all of h.
     if (crew.block == 0 || plan_.split == Split::kUnits) wait_for_team(crew);
-    for (int64_t done = 0; done < steps_.T; done += plan_.chunk_steps) {
+    for (int64_t done = 0; done < steps_.T && crew.members.size(); done += plan_.chunk_steps) {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = task.d == 0 ? done : steps_.T - done - count;

@@ -14,15 +14,22 @@ namespace fused_rnn::cpu {
 // longer each time it happens again; then one tries anew. Times are in nanoseconds.
 class Pressure {
  public:
+  static bool most_is_lost(int64_t total, int64_t lost) {
+    return lost >= kLeast && 3 * lost >= 2 * total;
+  }
   // Whether a call that starts now should stay on one thread.
   bool high(int64_t now) const { return now < until_.load(std::memory_order_relaxed); }
-  // A call on several threads has ended, and its own thread has waited `lost` of its `total` time.
+  // Threads have worked together for `total`, and the one that reports has waited `lost` of it: it
+  // is at the end of the call, or goes on alone. What began before the last loss was reported is
+  // part of that.
   void report(int64_t now, int64_t total, int64_t lost) {
+    if (now - total < reported_.load(std::memory_order_relaxed)) return;
     const int level = level_.load(std::memory_order_relaxed);
-    if (lost < kLeast || 3 * lost < 2 * total) {
+    if (!most_is_lost(total, lost)) {
       if (level > 0) level_.store(level - 1, std::memory_order_relaxed);
       return;
     }
+    reported_.store(now, std::memory_order_relaxed);
     until_.store(now + (kFirst << level), std::memory_order_relaxed);
     if (level < kMostDoublings) level_.store(level + 1, std::memory_order_relaxed);
   }
@@ -35,6 +42,7 @@ class Pressure {
 
   // Several threads may call at once; what one of them overwrites is found out again.
   std::atomic<int64_t> until_{0};
+  std::atomic<int64_t> reported_{INT64_MIN};
   std::atomic<int> level_{0};
 };
 

@@ -83,7 +83,7 @@ class Scan {
   // Sequences between layers that are alive at the same time.
   int64_t betweens() const { return by_layers() || p_.layers <= 2 ? p_.layers - 1 : 2; }
 
-  // The members of one team that one thread stands for.
+  // The members of one team that one thread stands for: none, once another has taken over.
   struct Crew {
     int64_t d;
     Range members;
@@ -99,7 +99,9 @@ class Scan {
       const Range ids = team(d);
       const int64_t first = begin > ids.begin ? begin : ids.begin;
       const int64_t last = end < ids.end ? end : ids.end;
-      if (first < last) body(Crew{d, {first - ids.begin, last - ids.begin}});
+      if (first >= last) continue;
+      Crew crew{d, barriers_[d].left({first - ids.begin, last - ids.begin})};
+      body(crew);
     }
   }
 
@@ -109,7 +111,9 @@ class Scan {
   void for_my_layers(int begin, int end, int64_t first, int64_t step, Body body) {
     for (int64_t layer = first; layer >= 0 && layer < p_.layers; layer += step) {
       const int64_t id = layer % plan_.threads;
-      if (id >= begin && id < end) body(layer, Crew{0, {0, 1}});
+      if (id < begin || id >= end) continue;
+      Crew crew{0, {0, 1}};
+      body(layer, crew);
     }
   }
   // A chunk, `done` steps into a block, is begun when the layer before has ended it.
@@ -128,7 +132,7 @@ class Scan {
     for (int64_t i = crew.members.begin; i < crew.members.end; ++i) body(members[i]);
   }
 
-  void wait_for_team(const Crew& crew) { barriers_[crew.d].wait(int(crew.members.size())); }
+  void wait_for_team(Crew& crew) { crew.members = barriers_[crew.d].wait(crew.members); }
   void wait_for_everyone(int begin, int end) { everyone_.wait(end - begin); }
 
   // How many of a member's sequences are alive at step t.
@@ -214,7 +218,12 @@ void run_scan(Scan& scan, int threads, const Runtime& runtime) {
   scan.lay_out(arena);
   if (threads == 1) return scan.run(0, 1);
   runtime.parallel(
-      threads, [](int begin, int end, void* s) { static_cast<Scan*>(s)->run(begin, end); }, &scan);
+      threads,
+      [](int begin, int end, void* s) {
+        begin_together();
+        static_cast<Scan*>(s)->run(begin, end);
+      },
+      &scan);
 }
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

@@ -20,7 +20,13 @@ namespace {
 // the slice to whatever else was running: with another busy process a barrier took 4 ms.
 constexpr int kPauses = 1000;
 
+// Less is no lost time slice, but a hiccup: going on alone costs the rest of the call its threads.
+constexpr int64_t kSlice = 2'000'000;
+
 thread_local int64_t slept = 0;
+// Since begin_together().
+thread_local int64_t began = 0;
+thread_local int64_t slept_before = 0;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -42,10 +48,10 @@ void Counter::increment() {
     futex(&value_, FUTEX_WAKE_PRIVATE, INT_MAX);
 }
 
-void Counter::wait_for(int target) {
+bool Counter::wait_for(int target) {
   const auto reached = [&](int value) { return int(unsigned(value) - unsigned(target)) >= 0; };
   for (int i = 0; i < kPauses; ++i) {
-    if (reached(value())) return;
+    if (reached(value())) return false;
     pause();
   }
   const int64_t start = now_ns();
@@ -54,10 +60,16 @@ void Counter::wait_for(int target) {
     futex(&value_, FUTEX_WAIT_PRIVATE, seen);
   __atomic_fetch_sub(&sleepers_, 1, __ATOMIC_RELAXED);
   slept += now_ns() - start;
+  return true;
 }
 
 int64_t slept_ns() {
   return slept;
+}
+
+void begin_together() {
+  began = now_ns();
+  slept_before = slept;
 }
 
 Pressure& pressure() {
@@ -71,15 +83,30 @@ int64_t now_ns() {
       .count();
 }
 
-void Barrier::wait(int arrivals) {
-  if (arrivals == members_) return;
+// Whether the calling thread has slept.
+bool Barrier::meet(int arrivals) {
+  if (arrivals == members_) return false;
   const int phase = phase_.value();
-  if (__atomic_add_fetch(&arrived_, arrivals, __ATOMIC_ACQ_REL) == members_) {
-    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-    phase_.increment();
-  } else {
-    phase_.wait_for(phase + 1);
+  if (__atomic_add_fetch(&arrived_, arrivals, __ATOMIC_ACQ_REL) != members_)
+    return phase_.wait_for(phase + 1);
+  __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+  // All are here: none reads it before the phase has ended, and all have before the next.
+  heir_ = __atomic_load_n(&wanted_, __ATOMIC_RELAXED);
+  phase_.increment();
+  return false;
+}
+
+Range Barrier::wait(Range mine) {
+  if (mine.size() == 0 || mine.size() == members_) return mine;
+  if (meet(int(mine.size()))) {
+    const int64_t now = now_ns(), total = now - began, lost = slept - slept_before;
+    int nobody = -1;
+    if (lost >= kSlice && Pressure::most_is_lost(total, lost) &&
+        __atomic_compare_exchange_n(&wanted_, &nobody, int(mine.begin), false, __ATOMIC_RELAXED,
+                                    __ATOMIC_RELAXED))
+      pressure().report(now, total, lost);
   }
+  return left(mine);
 }
 
 }  // namespace fused_rnn::cpu
