@@ -33,7 +33,7 @@ _strategy_log = logging.getLogger("fused_rnn.strategy")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NO_STEPS = "Expected sequence length to be larger than 0 in RNN"  # torch's words
 # Rows of a segment that is computed again, at least: it packs the weights for itself.
-_SEGMENT_ROWS = 512
+_SEGMENT_ROWS = 1024
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # output, h_n, c_n for cells with c, and all states (h, c) where they were asked for.

@@ -180,7 +180,7 @@ class RNNFunction(torch.autograd.Function):
         ctx.save_for_backward(input, batch_sizes, h0, c0, saved, *masks, *weights)
         ctx.cell, ctx.options, ctx.controls = cell, options, controls
         # Whether backward may go past the dispatcher as well.
-        ctx.plain = computed is not None or not (controls or recompute or batch_sizes is not None)
+        ctx.plain = computed is not None or not (controls or batch_sizes is not None)
         return tuple(outputs[:count])
 
     @staticmethod
@@ -207,6 +207,9 @@ class RNNFunction(torch.autograd.Function):
             return (None,) * 7 + _differentiable_backward(
                 ctx.cell, ctx.options, controls, tensors, needs, d_outputs
             )
+        question = ctx.cell, input, batch_sizes, h0, c0, weights, *ctx.options
+        if saved is None:
+            saved = _save(question, controls and controls.with_masks(*masks))[-1]
         if ctx.plain and not compiling:
             steps: tuple[Any, Any, bool] = None, None, False
             if controls is not None:
@@ -219,9 +222,6 @@ class RNNFunction(torch.autograd.Function):
                 return (None,) * 7 + found
         controls = controls and controls.with_masks(*masks)
         need_input, _, need_h0, need_c0, *need_weights = needs
-        question = ctx.cell, input, batch_sizes, h0, c0, weights, *ctx.options
-        if saved is None:
-            saved = _save(question, controls)[-1]
         wanted = saved, need_input, need_h0 or need_c0, any(need_weights)
         if controls is None:
             gradients = _backward(d_output, d_h_n, d_c_n, *question, *wanted)
