@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -206,6 +208,43 @@ def test_a_frozen_layer_records_nothing() -> None:
     x, hx = question(live)
     assert module._short_way(x, hx) is not None
     assert module._short_way(x.clone().requires_grad_(), hx) is None
+
+
+def test_nothing_is_recorded_where_gradients_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor computed for backward, which takes time and memory."""
+
+    def forward(*args: Any) -> None:
+        raise AssertionError("recorded")
+
+    layer = fused_rnn.LSTM(I, H)
+    x, hx = question(layer)
+    monkeypatch.setattr(ops.RNNFunction, "forward", forward)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert layer._short_way(x, hx) is not None
+    with pytest.raises(AssertionError, match="recorded"):
+        layer._short_way(x, hx)
+
+
+def test_other_python_threads_run_during_a_call() -> None:
+    torch.set_num_threads(1)
+    layer = fused_rnn.LSTM(64, 256)
+    now = time.perf_counter
+    seconds, steps = 0.0, 100
+    while seconds < 0.3:
+        steps *= 2
+        x = torch.randn(steps, 16, 64)
+        start = now()
+        with torch.inference_mode():
+            layer._short_way(x, None)
+        seconds = now() - start
+    gap, last = 0.0, now()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(torch.inference_mode()(layer._short_way), x, None)
+        while not call.done():
+            gap, last = max(gap, now() - last), now()
+    assert call.result() is not None
+    assert max(gap, now() - last) < seconds / 2
 
 
 def test_what_acts_in_training_only_is_left_to_the_op() -> None:

@@ -383,8 +383,8 @@ PyObject* call_frozen(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // backward(needs, d_output, d_h_n, d_c_n, cell, input, h0, c0, weights, num_layers, bidirectional,
-//          batch_first, lengths, reset, reset_to_initial, saved): the gradients, None where `needs`
-// says so, for input, batch_sizes (which has none), h0, c0 and the weights.
+//          batch_first, lengths, reset, reset_to_initial, saved): the gradients, for input,
+// batch_sizes (which has none), h0, c0 and the weights; None where none of a kind is needed.
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 16) return wrong_count("backward", 16, count);
   if (!torch_side.api) Py_RETURN_NONE;
@@ -424,7 +424,6 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
                       : i == 3 ? d_c0
                                : wanted.weights;
     PyObject* gradient = made ? blocks.take() : Py_NewRef(Py_None);
-    if (gradient && !needed(i)) Py_SETREF(gradient, Py_NewRef(Py_None));
     if (!gradient) Py_CLEAR(gradients);
     if (gradients) PyTuple_SET_ITEM(gradients, i, gradient);
   }
