@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
 from fused_rnn import _C, strategy
 from fused_rnn.bench import __main__ as cli
-from fused_rnn.bench import conditions, measure, memory, peers, report, roof, sides, work
+from fused_rnn.bench import conditions, gpu_peers, measure, memory, peers, report, roof, sides, work
 from fused_rnn.bench.measure import TORCH, DisagreementError, Result
 from fused_rnn.bench.shapes import CELLS, GRID, PROGRAMS, SUITES, Shape
 
@@ -351,6 +352,7 @@ def test_low_precision_is_compared_with_the_same_numbers_in_float32(
         ("--mode frozen --memory", "not measured of frozen layers"),
         ("--peer onnxruntime --memory", "memory and conditions are compared with torch's only"),
         ("--suite conditions --filter busy --threads 1", "matters to two threads or more"),
+        ("--peer haste", "haste runs on a GPU: --device cuda"),
     ],
 )
 def test_what_a_peer_cannot_do_is_said(
@@ -359,6 +361,78 @@ def test_what_a_peer_cannot_do_is_said(
     monkeypatch.setattr(peers, "missing", lambda _: [])
     assert cli.main(words.split()) == 2
     assert sentence in capsys.readouterr().out
+
+
+class StandIn(torch.nn.Module):
+    """Haste's layers, as its documentation has them, with torch's inside."""
+
+    def __init__(self, input_size: int, hidden_size: int, batch_first: bool = False) -> None:
+        super().__init__()
+        self.layer = getattr(torch.nn, type(self).__name__)(
+            input_size, hidden_size, batch_first=batch_first
+        )
+
+    def from_native_weights(self, *weights: Tensor) -> None:
+        for parameter, weight in zip(self.layer.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+    def forward(self, input: Tensor) -> Any:
+        return self.layer(input)
+
+
+def flashrnn(Wx: Tensor, R: Tensor, b: Tensor, *, function: str, dtype: str) -> Any:
+    """FlashRNN's function, as its documentation has it."""
+    assert Wx.dtype == R.dtype == b.dtype == getattr(torch, dtype)
+    y = c = torch.zeros_like(Wx[:, 0, 0])  # [B, 1, H]
+    steps = []
+    for x in Wx.unbind(1):
+        Ry = torch.einsum("bhp,ghdp->bghd", y, R)
+        if function == "lstm":
+            i, f, g, o = (x + Ry + b).unbind(1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            y = o.sigmoid() * c.tanh()
+        else:
+            n, r, z = (Ry + b[:3]).unbind(1)
+            r, z = (x[:, 0] + r).sigmoid(), (x[:, 1] + z).sigmoid()
+            y = z * y + (1 - z) * (x[:, 2] + b[3] + r * n).tanh()
+        steps.append(torch.stack((y, c)[: 2 if function == "lstm" else 1]))
+    states = torch.stack(steps, 2)
+    return states, states[:, :, -1:]
+
+
+@pytest.mark.parametrize("mode", work.MODES)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("peer", gpu_peers.LIBRARIES)
+def test_libraries_for_a_gpu_are_compared(
+    peer: str, cell: str, batch_first: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, against stand-ins: whether the weights go where they belong."""
+    layers = {name: type(name, (StandIn,), {}) for name in ("LSTM", "GRU")}
+    monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(**layers))
+    monkeypatch.setitem(sys.modules, "flashrnn", SimpleNamespace(flashrnn=flashrnn))
+    shape = Shape("tiny", cell, 4, 3, 5, 6, batch_first=batch_first)
+    assert gpu_peers.can(shape)
+    assert measure.measure(shape, mode, "float32", 0.01, peer=peer).max_rel_diff < 1e-6
+
+
+def test_what_libraries_for_a_gpu_cannot_do() -> None:
+    ordinary = Shape("a", "LSTM", 4, 3, 5, 6)
+    others = ({"cell": "RNN"}, {"cell": "GRUCell"}, {"L": 2}, {"D": 2}, {"packed": True})
+    shapes = [ordinary, *(dataclasses.replace(ordinary, **other) for other in others)]
+    assert [gpu_peers.can(shape) for shape in shapes] == [True] + 5 * [False]
+    assert measure.jobs(shapes, work.MODES, ["haste"]) == [
+        (ordinary, mode, "haste") for mode in work.MODES
+    ]
+    assert "package flashrnn, which is not installed" in str(
+        gpu_peers.obstacle("flashrnn", "float32")
+    )
+
+
+def test_a_dtype_that_a_library_for_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_peers.importlib.util, "find_spec", lambda _: object())
+    assert gpu_peers.obstacle("haste", "bfloat16") == "haste has float32, float64, not bfloat16"
+    assert gpu_peers.obstacle("flashrnn", "bfloat16") is None
 
 
 def test_a_missing_peer_is_named(

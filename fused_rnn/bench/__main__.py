@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fused_rnn import ops
-from fused_rnn.bench import conditions, measure, memory, peers, report
+from fused_rnn.bench import conditions, gpu_peers, measure, memory, peers, report
 from fused_rnn.bench.conditions import Condition
 from fused_rnn.bench.measure import FLOAT32, PEERS, TORCH, DisagreementError, Result
 from fused_rnn.bench.memory import Memory
@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
         default=[TORCH],
         type=lambda name: TORCH if name == "torch" else name,
         help="what to compare with: torch (torch.nn); float32 (fused_rnn's own layer, beside "
-        "--dtype bfloat16 or float16); onnxruntime and openvino, in inference, float32",
+        "--dtype bfloat16 or float16); onnxruntime and openvino, in inference, float32; haste and "
+        "flashrnn, with --device cuda, where you have installed them (not measured yet)",
     )
     add("--memory", action="store_true", help="peak memory of a training step, instead of time")
     add(
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         default=sorted({1, torch.get_num_threads()}),
         help="numbers of threads",
     )
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: against torch.nn only")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU")
     add(
         "--schedule",
         choices=("stepwise", "persistent"),
@@ -160,11 +161,18 @@ def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
             return "torch finds no GPU here"
         if not ops.has_cuda:
             return f"the kernels for cuda are off: {ops.cuda_off}"
-        if options.memory or options.suite == "conditions" or options.peer != [TORCH]:
-            return "on a GPU times are measured, and against torch.nn"
+        others = [peer for peer in options.peer if peer in gpu_peers.LIBRARIES]
+        if options.memory or options.suite == "conditions":
+            return "on a GPU times are measured"
+        if {*options.peer} - {TORCH, *others}:
+            return f"on a GPU the peers are {report.names([TORCH, *gpu_peers.LIBRARIES])}"
         if FROZEN in options.mode:
             return "frozen layers run on the CPU"
+        if obstacle := next(filter(None, (gpu_peers.obstacle(p, dtype) for p in others)), None):
+            return obstacle
         jobs = measure.jobs(shapes, options.mode, options.peer)
+        if not jobs:
+            return f"{report.names(options.peer)}: one layer and direction of LSTM and GRU only"
         outcomes = measure.measure_all(jobs, [1], dtype, budget, "cuda", options.schedule)
         return Plan(Result, len(jobs), outcomes)
     of_one_peer = options.memory or options.suite == "conditions"
@@ -182,6 +190,8 @@ def plan(shapes: Sequence[Shape], options: argparse.Namespace) -> Plan | str:
         return Plan(Condition, len(cases), conditions.measure_all(cases, dtype, budget))
 
     for peer in options.peer:
+        if peer in gpu_peers.LIBRARIES:
+            return f"{peer} runs on a GPU: --device cuda"
         if missing := peers.missing(peer):
             return f"{peer} needs {' and '.join(missing)}: pip install 'fused_rnn\\[bench]'"
         if peer == FLOAT32:

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 import fused_rnn
 from fused_rnn import ops, strategy
-from fused_rnn.bench import peers, roof, sides, work
+from fused_rnn.bench import gpu_peers, peers, roof, sides, work
 from fused_rnn.bench.shapes import Shape
 
 # What can be compared with, and in which modes, by the names that the results have.
 TORCH = "torch.nn"
 FLOAT32 = "float32"  # our own layer, with what measures low precision: the same numbers in float32
-_IN_ONE_PROCESS = (TORCH, FLOAT32)
-PEERS = dict.fromkeys(_IN_ONE_PROCESS, (*work.MODES, work.FROZEN)) | dict.fromkeys(
-    peers.BUILDERS, ("inference", work.FROZEN)
+_IN_ONE_PROCESS = (TORCH, FLOAT32, *gpu_peers.LIBRARIES)
+PEERS = (
+    dict.fromkeys((TORCH, FLOAT32), (*work.MODES, work.FROZEN))
+    | dict.fromkeys(gpu_peers.LIBRARIES, work.MODES)
+    | dict.fromkeys(peers.BUILDERS, ("inference", work.FROZEN))
 )
 
 # shape, mode, peer
@@ -70,7 +72,7 @@ def jobs(shapes: Sequence[Shape], modes: Sequence[str], against: Sequence[str]) 
         for peer in against
         for shape in shapes
         for mode in modes
-        if mode in PEERS[peer]
+        if mode in PEERS[peer] and (peer not in gpu_peers.LIBRARIES or gpu_peers.can(shape))
     ]
 
 
@@ -115,7 +117,7 @@ def _in_one_process(
     device: str,
     schedule: str | None,
 ) -> Iterator[Result | DisagreementError]:
-    """Against torch.nn, or ours: all of these run on the one thread pool of torch."""
+    """Against what runs on the one thread pool, or stream, of torch."""
     with sides.process(threads) as worker:
         for shape, mode in pairs:
             with sides.named(f"{shape.label}, {mode}"):
@@ -163,7 +165,7 @@ def measure(
     peer: str = TORCH,
     device: str = "cpu",
 ) -> Result:
-    """Times `library`'s layer against torch.nn's, or ours in float32, for about `budget` seconds.
+    """Times `library`'s layer against a peer that runs in this process, for about `budget` seconds.
 
     Both sides run in this process, call by call in turn, on one input and the same weights, so
     that a change of the machine's mood meets both. Training is a forward and a backward call with
@@ -172,13 +174,19 @@ def measure(
     # cuDNN has a switch of its own, and another default: with both alike the same is computed.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     ours, arguments = work.make(library, shape, mode, dtype, device)
-    if peer == TORCH:
-        theirs, their_arguments = work.make(nn, shape, mode, dtype, device)[0], arguments
-    else:
+    if peer == FLOAT32:
         theirs, their_arguments = work.make_widened(fused_rnn, shape, mode, dtype, device)
+    else:
+        theirs, their_arguments = work.make(nn, shape, mode, dtype, device)[0], arguments
+    if peer in gpu_peers.LIBRARIES:
+        theirs = gpu_peers.LIBRARIES[peer].make(theirs).train(theirs.training)
     expected = work.evaluate(theirs, their_arguments)
-    differences = _agree(work.evaluate(ours, arguments), expected, shape, mode, dtype, peer)
-    del expected
+    found = work.evaluate(ours, arguments)
+    if peer in gpu_peers.LIBRARIES:  # weights of another layout, and their gradients behind
+        count = len(expected) - (mode == "training") * len(list(theirs.parameters()))
+        expected, found = expected[:count], found[:count]
+    differences = _agree(found, expected, shape, mode, dtype, peer)
+    del expected, found
     pair = [work.timer(theirs, their_arguments), work.timer(ours, arguments)]
     times = sides.alternate(pair, budget)
     return _result(shape, mode, torch.get_num_threads(), dtype, peer, times, differences)

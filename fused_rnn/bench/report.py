@@ -18,7 +18,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import ops
-from fused_rnn.bench import conditions, peers
+from fused_rnn.bench import conditions, gpu_peers, peers
 from fused_rnn.bench.conditions import Condition
 from fused_rnn.bench.measure import TORCH, Result
 from fused_rnn.bench.memory import Memory
@@ -51,7 +51,10 @@ class Environment:
             date=datetime.now().isoformat(timespec="seconds"),
             command=command,
             peers=", ".join(
-                f"{peer} {peers.version(peer)}" for peer in against if peer in peers.BUILDERS
+                f"{peer} {library.version(peer)}"
+                for peer in against
+                for library, known in ((peers, peers.BUILDERS), (gpu_peers, gpu_peers.LIBRARIES))
+                if peer in known
             ),
         )
 
