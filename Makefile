@@ -24,12 +24,13 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 # Executes the CUDA kernels on the host.
 export FUSED_RNN_EMULATOR := 1
 
-.PHONY: help test native isa sanitize lint bench build clean
+.PHONY: help test native isa emulated sanitize lint bench build clean
 
 help:
-	@echo "make test      all tests: native, isa (avx2, baseline), sanitize, lint"
+	@echo "make test      all tests: native, isa (avx2, baseline), emulated, sanitize, lint"
 	@echo "make native    the whole suite on this machine's best instruction set"
 	@echo "make isa       cell and scan tests on each of: $(ISAS), but the native set"
+	@echo "make emulated  module tests over the CUDA kernels, executed on the host"
 	@echo "make sanitize  cell and scan tests under AddressSanitizer and UBSan (g++)"
 	@echo "make lint      ruff, clang-format, mypy, includes, symbols"
 	@echo "make bench     fused_rnn against torch.nn; BENCH='--help' lists what it can do"
@@ -38,6 +39,7 @@ help:
 test:
 	$(MAKE) native
 	$(MAKE) isa ISAS="avx2 default"
+	$(MAKE) emulated
 	$(MAKE) sanitize
 	$(MAKE) lint
 
@@ -51,6 +53,15 @@ isa: build
 	  echo "ATEN_CPU_CAPABILITY=$$isa"; \
 	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m "not slow" $(FLOORS) || exit 1; \
 	done
+
+# Not what is no matter of kernels (the emulated ops have no fakes), nor what hangs on the host's
+# matrix product (its threads, its rounding over hundreds of rows). Storage types are test_stepwise's,
+# and the rest would take long.
+NOT_EMULATED = compile or export or any_number_of_threads or long_sequences or float64 or float16 \
+  or recomputing or nobias or any_shape
+emulated: build
+	$(PYTEST) --emulated -m "not slow" -k "not ($(NOT_EMULATED))" tests/test_modules.py \
+	  tests/test_beyond_torch.py tests/test_controls.py tests/test_regularisers.py
 
 # Of the kernels those of one instruction set are instrumented, which is the one that is run.
 # Python itself is not, so both run-time libraries must be there before it starts.

@@ -127,7 +127,7 @@ def test_a_compiled_layer_recomputes(dynamic: bool) -> None:
     )
     layer = fused_rnn.GRU(2, 4, recompute=True)
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=dynamic)
-    input = torch.randn(520, 1, 2)
+    input = torch.randn(1040, 1, 2)
     close(train_step(compiled, layer, input, None), train_step(layer, layer, input, None))
     segments = 1 if dynamic else 2
     there, back = ops_in(graphs)
