@@ -208,6 +208,40 @@ def test_the_log_tells_both_ways_and_only_when_asked(caplog: pytest.LogCaptureFi
     assert all("rows, 2 threads: each thread has sequences of its own" in text for text in texts)
 
 
+ONE_CORE = """
+import os
+# Before there are threads, which inherit it.
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import fused_rnn, torch
+from fused_rnn import _C
+from scans import assert_same, everything, make_arguments, norms
+lengths = tuple(sorted((40 - k % 37 for k in range(60)), reverse=True))
+busy = 0
+for cell in sorted(_C.cells()):
+    for sizes, options, splits in (
+        ((60, 2, 40, 192), {"layers": 2}, ("units", "rows")),
+        ((40, 6, 20, 192), {"layers": 2, "bidirectional": True}, ("units", "rows")),
+        ((0, 0, 20, 96), {"batch_sizes": lengths, "layers": 2}, ("units", "rows")),
+        ((12, 300, 8, 64), {}, ("rows",)),
+    ):
+        args = make_arguments(cell, *sizes, **options)
+        torch.set_num_threads(1)
+        expected = everything(args)
+        torch.set_num_threads(8)
+        for split in splits:
+            if split == "rows" or not norms(cell):
+                with fused_rnn.force_split(split):
+                    assert_same(everything(args), expected)
+                busy += _C.busy()
+assert busy > 10, busy  # taken over, or late at the end
+"""
+
+
+def test_where_threads_take_over_from_one_another_the_bits_are_the_same() -> None:
+    """Of eight threads on one core each loses seven eighths of its time to waiting."""
+    output_of(ONE_CORE)
+
+
 MS = 1_000_000
 
 
