@@ -107,6 +107,7 @@ def test_accuracy_of_shapes(
 def schedule(request: pytest.FixtureRequest) -> Iterator[None]:
     """Of the forward scans; with controls they are stepwise."""
     if request.param == "persistent" and request.node.callspec.params.get("controls"):
+        # That such a call refuses to be persistent is asked in test_stepwise.py.
         pytest.skip("resets, lengths and regularisers need a kernel per step (persistent.h)")
     with fused_rnn.force_schedule(request.param):
         yield
