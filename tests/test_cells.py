@@ -80,21 +80,12 @@ def test_products(products: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_threads_that_take_over_from_one_another(tmp_path: Path) -> None:
+def test_team(tmp_path: Path) -> None:
     """Under ThreadSanitizer, which the library as a whole does not run under: torch would not."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-g",
-        "-fsanitize=thread",
-        "-pthread",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
+    flags = "-std=c++20 -O1 -g -fsanitize=thread -pthread -Wall -Wextra -Werror".split()
     binary = tmp_path / "test_team"
-    sources = [CSRC / "test_team.cpp", ROOT / "csrc" / "cpu" / "team.cpp"]
+    sources = [CSRC / "test_team.cpp", *ROOT.glob("csrc/cpu/[st]*.cpp")]  # strategy, team
     run(*compiler, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", binary)
     print(run("timeout", "60", binary))  # a thread that is forgotten waits without end
 

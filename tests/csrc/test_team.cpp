@@ -1,5 +1,6 @@
-// A barrier whose threads may take over from one another. Each step adds the step's number to one
-// sum per id, by whoever stands for the id; a step reads what the one before has left of every id.
+// Who does what: sequences shared by their steps, and a barrier whose threads may take over from
+// one another. Each step adds the step's number to one sum per id, by whoever stands for the id; a
+// step reads what the one before has left of every id.
 #include "cpu/team.h"
 
 #include <thread>
@@ -71,9 +72,30 @@ void check_walk(const char* name, std::vector<int> borders, int late, int first)
               "%s: %d threads at the end", name, owners);
 }
 
+// Sequences that differ in length are shared by what they have of some steps.
+void check_parts() {
+  const int64_t lengths[] = {50, 48, 30, 20, 10};
+  fused_rnn::Steps steps;
+  steps.T = 50;
+  steps.B = 5;
+  steps.lengths = lengths;
+  const auto first_part = [&](Range rows, Range time) {
+    RowParts parts(steps, 2, rows, time);
+    const Range first = parts.next(), second = parts.next();
+    check::that(first.begin == rows.begin && first.end == second.begin && second.end == rows.end,
+                "parts do not follow one another");
+    return int(first.end);
+  };
+  check::that(first_part({0, 5}, {0, 50}) == 2, "of all steps");
+  check::that(first_part({0, 5}, {40, 50}) == 1, "of the last ten");
+  check::that(first_part({0, 5}, {0, 10}) == 2, "of the first ten");
+  check::that(first_part({1, 5}, {15, 40}) == 2, "of some rows and steps");
+}
+
 }  // namespace
 
 int main() {
+  check_parts();
   check_walk("nobody is late", {0, 1, 2, 3}, -1, 0);
   check_walk("the second is late", {0, 1, 2}, 1, 3);
   check_walk("the first is late", {0, 1, 2}, 0, 0);
