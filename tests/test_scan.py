@@ -543,7 +543,7 @@ def test_the_sizes_above_share_the_work_in_every_way(cell: str) -> None:
         ("rows", True, True),
         ("layers", True, False),
     }
-    assert any(split == "units" for split, *_ in ways) != norms(cell)
+    assert any(split == "units" for split, *_ in ways)
 
 
 @pytest.mark.parametrize(
@@ -629,8 +629,7 @@ def test_frozen_results_do_not_depend_on_threads_and_splits(
     torch.set_num_threads(1)
     expected = list(ops.frozen(*packed(args)))
     # A panel of a cell with one gate has up to 64 units.
-    by_units = H > 64 and not norms(cell)
-    splits = [None, "none", "rows"] + ["units"] * by_units + ["layers"] * (not args.bidirectional)
+    splits = [None, "none", "rows"] + ["units"] * (H > 64) + ["layers"] * (not args.bidirectional)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         for split in splits:

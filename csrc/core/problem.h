@@ -33,6 +33,9 @@ struct CellInfo {
   bool candidate;
 
   constexpr bool two_products() const { return first_gates > 0 && !normed_operand; }
+  // What a step is made of, each a whole of all units before the next begins: the products and the
+  // cell, an operand between, norms between.
+  constexpr int stages() const { return 1 + (first_gates > 0) + (norm_gates > 0); }
   // Gains of the gates from x and of those from h, then gain and shift of the operand.
   constexpr int gains() const { return norm_gates ? 2 * gates + 2 * normed_operand : 0; }
   // Parameters of a unit besides its rows of the matrices and the biases.

@@ -203,7 +203,7 @@ class BackwardScan : Scan<BackwardProblem> {
 
   void run_block(const Task& task, Crew& crew) {
     each_member(crew, [&](const Member& member) { start(task, member); });
-    if (crew.block == 0 || plan_.split == Split::kUnits || shares_chunks()) wait_for_team(crew);
+    if (crew.block == 0 || by_units() || shares_chunks()) wait_for_team(crew);
     const Range rows = rows_of_block(crew);
     for (int64_t done = 0; done < steps_.T && crew.members.size(); done += plan_.chunk_steps) {
       const int64_t count =
@@ -220,12 +220,14 @@ class BackwardScan : Scan<BackwardProblem> {
       };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + count - 1 - i : first + i;
-        each_walker([&](const Member& member) { gate_gradients(task, member, chunk, t); });
-        if (info_.two_products()) {
-          if (plan_.split == Split::kUnits) wait_for_team(crew);
-          each_walker([&](const Member& member) { operand_gradients(task, member, chunk, t); });
+        // Members of a unit split wait for each other after every stage, others never.
+        const int at_once = by_units() ? 1 : info_.stages();
+        for (int stage = 0; stage < info_.stages(); stage += at_once) {
+          each_walker([&](const Member& member) {
+            gate_gradients(task, member, chunk, t, {stage, stage + at_once});
+          });
+          if (by_units()) wait_for_team(crew);
         }
-        if (plan_.split == Split::kUnits) wait_for_team(crew);
         // Behind the last step lies h0, whose gradient may not be wanted.
         if (p_.d_h0 || done + i + 1 < steps_.T)
           each_walker([&](const Member& member) {
@@ -278,14 +280,13 @@ class BackwardScan : Scan<BackwardProblem> {
           });
         }
     };
-    const bool by_units = plan_.split == Split::kUnits;
-    const Range columns = by_units ? member.units : Range{0, Rp_};
-    pack(w.hh, first_gates_, p_.H, p_.R, columns, !by_units, dir.packed_hh);
-    pack(second_hh(w), second_gates(), p_.H, p_.R, columns, !by_units, dir.packed_second);
+    const Range columns = by_units() ? member.units : Range{0, Rp_};
+    pack(w.hh, first_gates_, p_.H, p_.R, columns, !by_units(), dir.packed_hh);
+    pack(second_hh(w), second_gates(), p_.H, p_.R, columns, !by_units(), dir.packed_second);
     if (needs_input(task.layer))
       pack(w.ih, G_, p_.H, task.I, {0, pad_units(task.I)}, true, dir.packed_ih);
     pack(w.hr, 1, p_.R, p_.H, {0, Hp_}, true, dir.packed_hr);
-    if (by_units || member.index == 0)
+    if (by_units() || member.index == 0)
       pack_diagonals(static_cast<const S*>(w.diag), info_.unit_weights(), p_.H, member.units.begin,
                      member.units.end, dir.diag);
     if (member.index == 0 && dir.zeros) copy_row<A>(nullptr, 0, Hp_, dir.zeros);
@@ -358,11 +359,32 @@ class BackwardScan : Scan<BackwardProblem> {
   }
 
   // Through the cell: from the gradients of the states after step t to those of its gates, and of
-  // the states before it but for the part that flows through W_hh.
-  void gate_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t) {
-    Direction& dir = *task.dir;
+  // the states before it but for the part that flows through W_hh. Some stages of it: the cell's
+  // own formula; its operand, by a product or a norm; the norms of its gates.
+  void gate_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t,
+                      Range stages) {
     const int64_t end = member.rows.begin + alive(member, t);
     if (end == member.rows.begin) return;
+    if (stages.begin == 0) output_gradients(task, member, chunk, t, end);
+    if (stages.begin == 0 || info_.norm_gates)
+      for (int64_t b = member.rows.begin; b < end; ++b) {
+        const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
+        if (stages.begin == 0) cell_.backward(at);
+        if (info_.norm_gates)
+          for (int64_t stage = stages.begin; stage < stages.end; ++stage) through_norms(at, stage);
+      }
+    if (!info_.two_products()) {
+      if (stages.end == info_.stages()) round_gates(task, member, chunk, t, 0, G_);
+      return;
+    }
+    if (stages.begin == 0) round_gates(task, member, chunk, t, first_gates_, G_);
+    if (stages.end == info_.stages()) operand_gradients(task, member, chunk, t);
+  }
+
+  // To the gradients of the cell's own states after step t, of sequences before `end`.
+  void output_gradients(const Task& task, const Member& member, const Chunk& chunk, int64_t t,
+                        int64_t end) {
+    Direction& dir = *task.dir;
     const int64_t h_end = units_of_h(member.units).end;
     for (int64_t b = member.rows.begin; b < end; ++b) {
       add_output_gradient(task, t, b, member.units.begin, h_end, dir.dh + b * Rp_);
@@ -373,13 +395,6 @@ class BackwardScan : Scan<BackwardProblem> {
         store(dc + u, load(dc + u) + load_partial(d_c + u, p_.H - u));
     }
     if (p_.projected()) unproject(task, member, end, chunk, t);
-
-    for (int64_t b = member.rows.begin; b < end; ++b) {
-      const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
-      cell_.backward(at);
-      if (info_.norm_gates) through_norms(at);
-    }
-    round_gates(task, member, chunk, t, info_.two_products() ? first_gates_ : 0, G_);
   }
 
   // What products with weights will read of a step's gate gradients.
@@ -405,34 +420,58 @@ class BackwardScan : Scan<BackwardProblem> {
     return info_.normed_operand ? 3 * Hp_ : info_.two_products() ? Hp_ : 0;
   }
 
-  // From the gradients of normalised gates to those of the products. What they were becomes the
-  // gradient of the biases.
-  void through_norms(const BackwardRow<A>& at) const {
-    A* const d_gains = at.gates_x + (G_ + info_.diagonals) * Hp_;
+  // One stage of the way from the gradients of normalised gates to those of the products.
+  void through_norms(const BackwardRow<A>& at, int64_t stage) const {
+    if (stage + 1 == info_.stages()) return through_gate_norms(at);
+    if (info_.normed_operand) {
+      if (stage == 0)
+        return cell_.saved_operand(at, at.begin, at.end, at.d_operand + 2 * Hp_ + at.begin);
+      through_operand_norm(at);
+    }
+    const Range units{at.begin, at.end};
+    for (int64_t g = 0; g < G_ * Hp_; g += Hp_) {
+      copy_units(at.gates_x + g, units, at.gates_x + bias_gate_ * Hp_ + g);
+      if (!info_.sums_gates) copy_units(at.gates_h + g, units, at.gates_h + bias_gate_ * Hp_ + g);
+    }
+  }
+
+  A* d_gains(const BackwardRow<A>& at) const { return at.gates_x + (G_ + info_.diagonals) * Hp_; }
+
+  void through_operand_norm(BackwardRow<A> at) const {
+    const Range units{at.begin, at.end};
+    const int64_t gain = 2 * G_ * Hp_, shift = gain + Hp_;
+    const A* const normed = at.d_operand;
+    at.d_operand += Hp_;  // as it was: what no other member reads
+    copy_units(normed, units, d_gains(at) + shift);
+    normalise_backward(GatesInSlots<A>{0, 1, p_.H, Hp_}, units, at.d_operand + Hp_,
+                       at.w + info_.diagonals * Hp_ + gain, normed, d_gains(at) + gain,
+                       [&](int64_t u, Vector<A> d) __attribute__((always_inline)) {
+                         store(at.d_operand + u, load(at.d_operand + u) + d);
+                       });
+    cell_.operand_backward(at);
+  }
+
+  // From the gradients of normalised gates, which are those of the biases.
+  void through_gate_norms(const BackwardRow<A>& at) const {
+    const int64_t gates = G_ * Hp_;
     const A* const gains = at.w + info_.diagonals * Hp_;
     const A* const raw = at.states + (slots_ - 2 * G_) * Hp_;
-    const int64_t gates = G_ * Hp_;
-    if (info_.normed_operand) {
-      A* normed = at.d_operand;
-      A* as_it_was = normed + Hp_;
-      A* operand = as_it_was + Hp_;
-      cell_.saved_operand(at, 0, Hp_, operand);
-      copy_row(normed, Hp_, Hp_, d_gains + 2 * gates + Hp_);  // the shift's
-      normalise_backward({0, 1, p_.H, Hp_}, operand, gains + 2 * gates, normed, normed,
-                         d_gains + 2 * gates);
-      for (int64_t u = 0; u < Hp_; u += L)
-        store(normed + u, load(normed + u) + load(as_it_was + u));
-      cell_.operand_backward(at);
-    }
-    A* const dx = at.gates_x + bias_gate_ * Hp_;
-    A* const dh = info_.sums_gates ? dx : at.gates_h + bias_gate_ * Hp_;
-    copy_row(at.gates_x, gates, gates, dx);
-    if (!info_.sums_gates) copy_row(at.gates_h, gates, gates, dh);
+    const A* const dx = at.gates_x + bias_gate_ * Hp_;
+    const A* const dh = info_.sums_gates ? dx : at.gates_h + bias_gate_ * Hp_;
     each_norm([&](int first, int count) {
-      const GatesInSlots<A> group{first, count, p_.H, Hp_};
-      normalise_backward(group, raw, gains, dx, at.gates_x, d_gains);
-      normalise_backward(group, raw + gates, gains + gates, dh, at.gates_h, d_gains + gates);
+      const auto through = [&](const A* row, const A* gain, const A* d, A* to, A* d_gain) {
+        normalise_backward(GatesInSlots<A>{first, count, p_.H, Hp_}, {at.begin, at.end}, row, gain,
+                           d, d_gain,
+                           [&](int64_t u, Vector<A> d_row)
+                               __attribute__((always_inline)) { store(to + u, d_row); });
+      };
+      through(raw, gains, dx, at.gates_x, d_gains(at));
+      through(raw + gates, gains + gates, dh, at.gates_h, d_gains(at) + gates);
     });
+  }
+
+  static void copy_units(const A* from, Range units, A* to) {
+    for (int64_t u = units.begin; u < units.end; u += L) store(to + u, load(from + u));
   }
 
   BackwardRow<A> row_of_step(const Task& task, const Member& member, const Chunk& chunk, int64_t t,

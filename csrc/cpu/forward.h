@@ -41,13 +41,15 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.unprojected = arena.take<O>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.operand = arena.take<O>(info_.two_products() ? steps_.B * Hp_ : 0);
       dir.normed = arena.take<A>(info_.normed_operand ? steps_.B * 2 * Hp_ : 0);
-      dir.gates_h = arena.take<A>(info_.norm_gates ? steps_.B * G_ * Hp_ : 0);
+      const int64_t gates_h = info_.norm_gates ? steps_.B * G_ * Hp_ : 0;
+      dir.gates_h = arena.take<A>(gates_h);
+      dir.normed_h = by_units() ? arena.take<A>(gates_h) : dir.gates_h;
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       dir.candidate_mask = arena.take<A>(p_.candidate_mask ? steps_.B * Hp_ : 0);
       for (O*& masked : dir.masked) masked = arena.take<O>(p_.h_mask ? steps_.B * Rp_ : 0);
       // Members of a unit split share the rows, and each writes its own gates of them.
       const int64_t members = team(by_layers() ? 0 : slot).size();
-      gates_stride_ = plan_.split == Split::kUnits ? 0 : chunk_rows * G_ * Hp_;
+      gates_stride_ = by_units() ? 0 : chunk_rows * G_ * Hp_;
       dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G_ * Hp_);
       dir.staged = arena.take<O>(members * chunk_rows * widest_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
@@ -76,6 +78,7 @@ class ForwardScan : Scan<ForwardProblem> {
     O* operand;               // [B, Hp], of the second product
     A* normed;                // [B, 2, Hp]: the operand of a norm, normalised and not
     A* gates_h;               // [B, G*Hp] in panel order, where they are normalised
+    A* normed_h;              // the same after that: elsewhere, where others still read them
     A* h_mask;                // [B, Rp]
     A* candidate_mask;        // [B, Hp]
     O* masked[2];             // [B, Rp]: h times its mask
@@ -132,23 +135,29 @@ class ForwardScan : Scan<ForwardProblem> {
     each_member(crew, [&](const Member& member) { start(task, member); });
     // Members of a row split share the packed weights. Members of a unit split pack their own, but
     // read all of h.
-    if (crew.block == 0 || plan_.split == Split::kUnits) wait_for_team(crew);
+    if (crew.block == 0 || by_units()) wait_for_team(crew);
     for (int64_t done = 0; done < steps_.T && crew.members.size(); done += plan_.chunk_steps) {
       const int64_t count =
           plan_.chunk_steps < steps_.T - done ? plan_.chunk_steps : steps_.T - done;
       const int64_t first = task.d == 0 ? done : steps_.T - done - count;
       follow(task.layer - 1, crew.block, done);
       each_member(crew, [&](const Member& member) { input_product(task, member, first, count); });
+      if (info_.norm_gates) {
+        if (by_units()) wait_for_team(crew);
+        each_member(crew,
+                    [&](const Member& member) { normalise_input(task, member, first, count); });
+        if (by_units()) wait_for_team(crew);
+      }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + i : first + count - 1 - i;
-        const auto each_product = [&](int product) {
+        // Members of a unit split wait for each other after every stage, others never.
+        const int at_once = by_units() ? 1 : info_.stages();
+        for (int stage = 0; stage < info_.stages(); stage += at_once) {
           each_member(crew, [&](const Member& member) {
-            step(task, member, t, t - first, (done + i) % 2, product);
+            step(task, member, t, t - first, (done + i) % 2, {stage, stage + at_once});
           });
-          if (plan_.split == Split::kUnits) wait_for_team(crew);
-        };
-        if (info_.two_products()) each_product(0);
-        each_product(info_.two_products() ? 1 : 0);
+          if (by_units()) wait_for_team(crew);
+        }
       }
       lead(task.layer);
     }
@@ -157,9 +166,7 @@ class ForwardScan : Scan<ForwardProblem> {
 
   void prepare(const Task& task, const Member& member) {
     int64_t turn = 0;
-    const auto mine = [&] {
-      return plan_.split == Split::kUnits || turn++ % member.size == member.index;
-    };
+    const auto mine = [&] { return by_units() || turn++ % member.size == member.index; };
     task.packed.pack(info_, p_.weight_sizes(task.layer), task.weights, member.units, mine);
   }
 
@@ -250,25 +257,37 @@ class ForwardScan : Scan<ForwardProblem> {
           product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
                   task.packed.ih, unit, vectors, panels, bias, gates + unit * G_, G_ * Hp_);
         });
-    if (!info_.norm_gates) return;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t m = 0; m < offsets[i + 1] - offsets[i]; ++m)
-        normalise_gates(gates + (offsets[i] + m) * G_ * Hp_, task.packed.gain_ih,
-                        task.packed.bias_ih,
-                        saved_row(task, first + i, member.rows.begin + m, slots_ - 2 * G_));
   }
 
-  // A row of products, in panel order, becomes the pre-activations. Keeps what it was in `raw`.
-  void normalise_gates(A* row, const A* gain, const A* shift, A* raw) const {
+  // The rows of a chunk, of a unit split a share of them: the products of all units are there.
+  void normalise_input(const Task& task, const Member& member, int64_t first, int64_t count) const {
+    const Direction& dir = *task.dir;
+    const int64_t* offsets = dir.chunk_offsets + member.index * (plan_.chunk_steps + 1);
+    const Range rows = by_units() ? part_of(offsets[count], 1, member.index, member.size)
+                                  : Range{0, offsets[count]};
+    int64_t i = 0;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      while (row >= offsets[i + 1]) ++i;
+      A* gates = gates_x(task, member) + row * G_ * Hp_;
+      normalise_gates(
+          {0, Hp_}, gates, task.packed.gain_ih, task.packed.bias_ih,
+          saved_row(task, first + i, member.rows.begin + row - offsets[i], slots_ - 2 * G_), gates);
+    }
+  }
+
+  // From a row of products, in panel order, to the pre-activations of some units. Keeps what the
+  // row was in `raw`.
+  void normalise_gates(Range units, const A* row, const A* gain, const A* shift, A* raw,
+                       A* normed) const {
     if (raw)
-      for_panels<A>(G_, 0, Hp_, [&](int64_t unit, int vectors) {
+      for_panels<A>(G_, units.begin, units.end, [&](int64_t unit, int vectors) {
         for (int g = 0; g < G_; ++g)
           for (int v = 0; v < vectors; ++v)
             store(raw + g * Hp_ + unit + v * L, load(row + unit * G_ + (g * vectors + v) * L));
       });
     each_norm([&](int first, int count) {
       with_count(count, [&](auto n) {
-        normalise(GatesInPanels<A, n>{first, p_.H, Hp_, G_}, row, gain, shift, row);
+        normalise(GatesInPanels<A, n>{first, p_.H, Hp_, G_}, units, row, gain, shift, normed);
       });
     });
   }
@@ -360,31 +379,39 @@ class ForwardScan : Scan<ForwardProblem> {
     return at;
   }
 
-  // One recurrent product of one step, and what follows it.
+  // Some stages of one step: its products, each with as much of the cell as can follow, and where
+  // those are normalised that and the rest of the cell, or its operand, that normalised, and the
+  // rest.
   void step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk,
-            int64_t parity, int which) {
+            int64_t parity, Range stages) {
     const int64_t rows = alive(member, t);
     if (rows > 0) {
       const ForwardStep<S>& at = rows_of_step(task, member, t, index_in_chunk, parity);
-      const auto& r = task.packed.recurrent[which];
-      for_equal_panels<A>(r.gates, member.units.begin, member.units.end,
-                          [&](int64_t unit, int vectors, int panels) {
-                            const int64_t highest = max_rows(r.gates * vectors);
-                            const int64_t width = int64_t(r.gates) * vectors * L;
-                            const int64_t most = panels_of_block(rows, highest, width);
-                            for (int64_t p = 0; p < panels; p += most) {
-                              const int n = int(panels - p < most ? panels - p : most);
-                              for_heights(rows, highest, [&](int64_t m, int64_t height) {
-                                block(task, member, at, m, height, parity, which,
-                                      unit + p * vectors * L, vectors, n);
-                              });
-                            }
-                          });
-      if (info_.norm_gates) normed_step(task, member, at, rows, t);
+      for (int64_t which = stages.begin; which < stages.end && which <= info_.two_products();
+           ++which)
+        recurrent_product(task, member, at, rows, parity, int(which));
+      if (info_.norm_gates) normed_stages(task, member, at, rows, t, stages);
       if (p_.projected()) project(task, at, rows);
     }
-    if (which == 1 || !info_.two_products())
-      reset(task, member, task.d == 0 ? t + 1 : t - 1, 1 - parity);
+    if (stages.end == info_.stages()) reset(task, member, task.d == 0 ? t + 1 : t - 1, 1 - parity);
+  }
+
+  // One recurrent product, and what needs nothing else.
+  void recurrent_product(const Task& task, const Member& member, const ForwardStep<S>& at,
+                         int64_t rows, int64_t parity, int which) const {
+    const auto& r = task.packed.recurrent[which];
+    for_equal_panels<A>(
+        r.gates, member.units.begin, member.units.end, [&](int64_t unit, int vectors, int panels) {
+          const int64_t highest = max_rows(r.gates * vectors);
+          const int64_t width = int64_t(r.gates) * vectors * L;
+          const int64_t most = panels_of_block(rows, highest, width);
+          for (int64_t p = 0; p < panels; p += most) {
+            const int n = int(panels - p < most ? panels - p : most);
+            for_heights(rows, highest, [&](int64_t m, int64_t height) {
+              block(task, member, at, m, height, parity, which, unit + p * vectors * L, vectors, n);
+            });
+          }
+        });
   }
 
   // How many panels are done together, for the cell to have much to do at once.
@@ -428,40 +455,57 @@ class ForwardScan : Scan<ForwardProblem> {
       apply_cell(member, at, m, height, which, unit, vectors, panels, products, ldo);
   }
 
-  // The cell, where it waits for the products of all units.
-  void normed_step(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
-                   int64_t t) const {
-    const Direction& dir = *task.dir;
-    const int64_t ldh = G_ * Hp_;
-    const auto each_tile = [&](int64_t m, int64_t height, auto body) {
-      for_equal_panels<A>(G_, 0, Hp_, [&](int64_t unit, int vectors, int panels) {
-        const A* h = dir.gates_h + (member.rows.begin + m) * ldh + unit * G_;
-        body(
-            Tile<A>{m, height, unit, vectors, panels, unit * G_, vectors * L, h, ldh, vectors * L});
-      });
-    };
-    const A* gain = task.packed.diag + (info_.diagonals + 2 * G_) * Hp_;
+  // The stages of a step after its products, where those are normalised.
+  void normed_stages(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
+                     int64_t t, Range stages) const {
     for (int64_t m = 0; m < rows; m += kMaxRows) {  // while they are in L1
-      const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-      for (int64_t b = member.rows.begin + m; b < member.rows.begin + m + height; ++b)
-        normalise_gates(dir.gates_h + b * ldh, task.packed.gain_hh, task.packed.recurrent[0].bias,
-                        saved_row(task, t, b, slots_ - G_));
-      if (!info_.normed_operand) {
-        each_tile(m, height, [&](const Tile<A>& tile) { cell_.forward(at, tile); });
-        continue;
-      }
-      each_tile(m, height, [&](const Tile<A>& tile) { cell_.operand(at, tile); });
-      for (int64_t i = m; i < m + height; ++i) {
-        A* normed = at.normed + i * at.ld_normed;
-        normalise(GatesInSlots<A>{0, 1, p_.H, Hp_}, normed + Hp_, gain, gain + Hp_, normed);
-      }
-      each_tile(m, height, [&](Tile<A> tile) {
-        tile.h = at.normed + m * at.ld_normed + tile.unit;
-        tile.ldh = at.ld_normed;
-        tile.h_gate = Hp_;
-        cell_.forward(at, tile);
-      });
+      const Range some{m, rows - m < kMaxRows ? rows : m + kMaxRows};
+      for (int64_t stage = stages.begin > 1 ? stages.begin : 1; stage < stages.end; ++stage)
+        stage == 1 ? normed_gates(task, member, at, some, t)
+                   : normed_operand(task, member, at, some);
     }
+  }
+
+  void normed_gates(const Task& task, const Member& member, const ForwardStep<S>& at, Range rows,
+                    int64_t t) const {
+    const int64_t ldh = G_ * Hp_, first = member.rows.begin;
+    for (int64_t b = first + rows.begin; b < first + rows.end; ++b)
+      normalise_gates(member.units, task.dir->gates_h + b * ldh, task.packed.gain_hh,
+                      task.packed.recurrent[0].bias, saved_row(task, t, b, slots_ - G_),
+                      task.dir->normed_h + b * ldh);
+    each_tile(member, rows, [&](Tile<A>& tile) {
+      tile.h = task.dir->normed_h + (first + tile.row) * ldh + tile.x_at;
+      tile.ldh = ldh;
+      tile.h_gate = tile.x_gate;
+      info_.normed_operand ? cell_.operand(at, tile) : cell_.forward(at, tile);
+    });
+  }
+
+  void normed_operand(const Task& task, const Member& member, const ForwardStep<S>& at,
+                      Range rows) const {
+    const A* gain = task.packed.diag + (info_.diagonals + 2 * G_) * Hp_;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      A* normed = at.normed + i * at.ld_normed;
+      normalise(GatesInSlots<A>{0, 1, p_.H, Hp_}, member.units, normed + Hp_, gain, gain + Hp_,
+                normed);
+    }
+    each_tile(member, rows, [&](Tile<A>& tile) {
+      tile.h = at.normed + tile.row * at.ld_normed + tile.unit;
+      tile.ldh = at.ld_normed;
+      tile.h_gate = Hp_;
+      cell_.forward(at, tile);
+    });
+  }
+
+  // Calls body(tile) for some rows of a member, with all gates and without h.
+  template <class Body>
+  void each_tile(const Member& member, Range rows, Body body) const {
+    for_equal_panels<A>(G_, member.units.begin, member.units.end,
+                        [&](int64_t unit, int vectors, int panels) {
+                          Tile<A> tile{rows.begin, rows.size(), unit,    vectors, panels,
+                                       unit * G_,  vectors * L, nullptr, 0,       0};
+                          body(tile);
+                        });
   }
 
   void apply_cell(const Member& member, const ForwardStep<S>& at, int64_t m, int64_t height,

@@ -3,15 +3,18 @@
 
 #include "../core/norm.h"
 #include "pack.h"
+#include "strategy.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
 // A sum over a row is kept in so many parts: one alone would wait for each addition.
 constexpr int kChains = 4;
 
-// Where the gates of a row stand that are normalised together: each(body) calls
+// Where the gates of a row stand that are normalised together. each(body) calls
 // body(at, valid, chain) for every vector, with how many of its lanes are units, a constant where
-// it is all of them, and the part of a sum that it belongs to.
+// it is all of them, and the part of a sum that it belongs to. each_of(units, body) calls
+// body(at, valid) for those of some units, in one loop whatever units they are: the compiler may
+// round another one differently.
 template <class A>
 struct GatesInSlots {  // gates of Hp units one after another
   int begin, count;
@@ -28,6 +31,11 @@ struct GatesInSlots {  // gates of Hp units one after another
           body(g * Hp + u + i * L, std::integral_constant<int, L>{}, i);
       for (; u < Hp; u += L) body(g * Hp + u, H - u, 0);
     }
+  }
+  template <class Body>
+  FUSED_RNN_INLINE void each_of(Range units, Body body) const {
+    for (int g = begin; g < begin + count; ++g)
+      for (int64_t u = units.begin; u < units.end; u += kLanes<A>) body(g * Hp + u, H - u);
   }
 };
 template <class A, int kCount>
@@ -55,6 +63,22 @@ struct GatesInPanels {  // as the packed weights give them
 #pragma GCC unroll 4
       for (int g = 0; g < count; ++g) body(unit * gates + (begin + g) * gate + u - unit, H - u, g);
     }
+  }
+  template <class Body>
+  FUSED_RNN_INLINE void each_of(Range units, Body body) const {
+    constexpr int L = kLanes<A>;
+    if (kMaxVectors / gates == 1) {
+      for (int64_t u = units.begin; u < units.end; u += L)
+#pragma GCC unroll 4
+        for (int g = 0; g < count; ++g) body(u * gates + (begin + g) * L, H - u);
+      return;
+    }
+    for_panels<A>(gates, units.begin, units.end, [&](int64_t unit, int vectors) {
+      for (int v = 0; v < vectors; ++v)
+#pragma GCC unroll 4
+        for (int g = 0; g < count; ++g)
+          body(unit * gates + ((begin + g) * vectors + v) * L, H - unit - v * L);
+    });
   }
 };
 
@@ -110,34 +134,35 @@ FUSED_RNN_INLINE RowMoments<Vector<A>> moments_of(const Gates& gates, const A* r
   return {mean, rstd_of(squares.over(count)[0]) - Vector<A>{}};
 }
 
-// y may be the row itself. Gain and shift stand like the row; the padding of all must be zero.
+// Some units of a row that is there as a whole. y may be the row itself where they are all. Gain
+// and shift stand like the row; the padding of all must be zero.
 template <class A, class Gates>
-void normalise(const Gates& gates, const A* row, const A* gain, const A* shift, A* y) {
+void normalise(const Gates& gates, Range units, const A* row, const A* gain, const A* shift, A* y) {
   const RowMoments<Vector<A>> moments = moments_of<A>(gates, row);
-  gates.each([&](int64_t at, auto, int) __attribute__((always_inline)) {
+  gates.each_of(units, [&](int64_t at, int64_t) __attribute__((always_inline)) {
     store(y + at, moments.scaled(load(row + at), load(gain + at), load(shift + at)));
   });
 }
 
-// From the gradient of y to that of the row, which may be in the same place, and of the gain.
-template <class A>
-void normalise_backward(const GatesInSlots<A>& gates, const A* row, const A* gain, const A* dy,
-                        A* d_row, A* d_gain) {
+// From the gradient of y, which is there as a whole, to those of some units of the row, as
+// store_row(at, gradient), and of the gain.
+template <class A, class Store>
+FUSED_RNN_INLINE void normalise_backward(const GatesInSlots<A>& gates, Range units, const A* row,
+                                         const A* gain, const A* dy, A* d_gain, Store store_row) {
   const RowMoments<Vector<A>> moments = moments_of<A>(gates, row);
   const A count = A(gates.count) * A(gates.H);
   Sum<A> sum, sum_with;
   gates.each([&](int64_t at, auto, int chain) __attribute__((always_inline)) {
-    const Vector<A> xhat = moments.normalised(load(row + at)), d = load(dy + at);
-    const Vector<A> weighed = d * load(gain + at);
-    store(d_gain + at, d * xhat);
+    const Vector<A> weighed = load(dy + at) * load(gain + at);
     sum.chains[chain] += weighed;
-    sum_with.chains[chain] += weighed * xhat;
+    sum_with.chains[chain] += weighed * moments.normalised(load(row + at));
   });
   const Vector<A> mean = sum.over(count), mean_with = sum_with.over(count);
-  gates.each([&](int64_t at, auto valid, int) __attribute__((always_inline)) {
-    const Vector<A> xhat = moments.normalised(load(row + at));
-    const Vector<A> d = moments.backward(load(dy + at) * load(gain + at), xhat, mean, mean_with);
-    store(d_row + at, only_units<A>(d, valid));
+  gates.each_of(units, [&](int64_t at, int64_t valid) __attribute__((always_inline)) {
+    const Vector<A> d = load(dy + at), xhat = moments.normalised(load(row + at));
+    store(d_gain + at, d * xhat);
+    store_row(at,
+              only_units<A>(moments.backward(d * load(gain + at), xhat, mean, mean_with), valid));
   });
 }
 

@@ -45,30 +45,29 @@ class Scan {
       const int size = int(team(d).size());
       members_[d] = arena.take<Member>(plan_.blocks * size);
       if (!members_[d]) continue;
-      const bool by_units = plan_.split == Split::kUnits;
       RowParts parts(steps_, row_parts(size));
       Range rows{};
       for (int i = 0; i < plan_.blocks * size; ++i) {
         const int index = i % size;
-        if (!by_units || index == 0) rows = parts.next();
-        members_[d][i] = {index, size, rows,
-                          by_units ? part_of(Hp_, plan_.unit_step, index, size) : Range{0, units_}};
+        if (!by_units() || index == 0) rows = parts.next();
+        members_[d][i] = {
+            index, size, rows,
+            by_units() ? part_of(Hp_, plan_.unit_step, index, size) : Range{0, units_}};
       }
     }
   }
 
   // Parts that the sequences are divided into: a block of a unit split has one.
-  int row_parts(int team_size) const {
-    return plan_.blocks * (plan_.split == Split::kUnits ? 1 : team_size);
-  }
+  int row_parts(int team_size) const { return plan_.blocks * (by_units() ? 1 : team_size); }
 
   // The rows that a member prepares at the start of a block, whoever works on them then.
   Range rows_to_start(const Member& member) const {
-    if (plan_.split != Split::kUnits) return member.rows;
+    if (!by_units()) return member.rows;
     const Range part = part_of(member.rows.size(), 1, member.index, member.size);
     return {member.rows.begin + part.begin, member.rows.begin + part.end};
   }
 
+  bool by_units() const { return plan_.split == Split::kUnits; }
   // Where threads have layers of their own, each is a team by itself.
   bool by_layers() const { return plan_.split == Split::kLayers; }
   Range team(int64_t d) const {

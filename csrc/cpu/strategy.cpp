@@ -16,10 +16,12 @@ constexpr double kFlopsPerMicrosecond = 1.5e5;
 constexpr double kBytesPerMicrosecond = 7e4;
 // Opening a parallel region costs 1-2 us; a barrier 0.1 us and, when a core is shared, much more.
 constexpr double kWorthARegion = 20.0;
-constexpr double kWorthABarrier = 2.0;
-// Rows per thread from which a thread has sequences of its own: a tile of four is nearly as fast as
-// a higher one, and nobody waits.
-constexpr int64_t kRowsWorthAThread = 4;
+constexpr double kWorthABarrier = 0.6;
+// The same where a split without barriers could be taken instead.
+constexpr double kBetterWithBarriers = 2.0;
+// Rows per thread from which a thread has sequences of its own: a tile of three is nearly as fast
+// as a higher one, and nobody waits.
+constexpr int64_t kRowsWorthAThread = 3;
 // A layer waits for the one below at every chunk: so many chunks keep all threads busy most of the
 // time, and a chunk of fewer steps would use W_ih badly.
 constexpr int64_t kWavefrontChunks = 16;
@@ -52,15 +54,15 @@ struct Question {
   const Stack& stack;
   int threads;         // per direction
   int64_t unit_parts;  // units can be divided into
-  bool norms;
-  double step_us;  // one step of one direction on one thread
-  double all_us;   // the whole stack on one thread
+  int barriers;        // of a step, where units are divided
+  double step_us;      // one step of one direction on one thread
+  double all_us;       // the whole stack on one thread
 
   Question(const Stack& s, const CellInfo& cell, int in_all, int64_t unit_step, double passes)
       : stack(s),
         threads(std::max(1, in_all / int(s.dirs))),
         unit_parts(ceil_div(pad_units(s.H), unit_step)),
-        norms(cell.norm_gates > 0) {
+        barriers(cell.stages()) {
     const int64_t recurrent = cell.recurrent ? s.R : 1;
     const double weights =
         double(cell.gates * s.H) * double(recurrent + s.input_size(s.layers - 1));
@@ -82,7 +84,6 @@ struct Question {
         break;
       case Split::kUnits:
         if (stack.projected()) return "a projection reads all units of a step";
-        if (norms) return "layer normalisation reads all units of a step";
         if (unit_parts < 2) return "there are too few units";
         break;
       case Split::kLayers:
@@ -98,7 +99,10 @@ struct Question {
     if (all_us < kWorthARegion) return "the whole call is less work than starting threads";
     switch (split) {
       case Split::kUnits:
-        if (step_us / threads < kWorthABarrier) return "a step is less work than a barrier";
+        if (step_us / threads <
+            barriers *
+                (runs(Split::kRows) || runs(Split::kLayers) ? kBetterWithBarriers : kWorthABarrier))
+          return "a step is less work than a barrier";
         break;
       case Split::kLayers:
         if (stack.steps.T < kWavefrontChunks * 2)
@@ -109,6 +113,8 @@ struct Question {
     }
     return nullptr;
   }
+
+  bool runs(Split split) const { return !cannot(split) && !not_worth(split); }
 };
 
 constexpr const char* kReasons[kSplits] = {
