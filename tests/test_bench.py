@@ -59,7 +59,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def result(speedup: float, **changes: Any) -> Result:
     """A measurement of 10 ms against torch.nn's 10 ms * speedup."""
-    quartiles = {"q25": 0.9 * speedup, "q75": 1.1 * speedup}
+    spread = {"q25": 0.9 * speedup, "q75": 1.1 * speedup}
+    spread |= {"best_ms": 8.0, "peer_best_ms": 8.0 * speedup}
     r = Result(
         SHAPE,
         "training",
@@ -76,7 +77,7 @@ def result(speedup: float, **changes: Any) -> Result:
         1e-6,
         2.5,
     )
-    return dataclasses.replace(r, **quartiles | changes)
+    return dataclasses.replace(r, **spread | changes)
 
 
 def write(path: Path, results: Iterable[report.Record]) -> str:
@@ -514,9 +515,13 @@ def test_a_file_from_before_there_were_peers_is_read(tmp_path: Path) -> None:
     path.write_text(OLD_FILE, encoding="utf-8")
     environment, (old,) = report.read(path)
     assert environment == ENVIRONMENT
-    assert dataclasses.replace(old, roof_ms=2.5) == result(2.0)
+    later = {"roof_ms": 2.5, "best_ms": 8.0, "peer_best_ms": 16.0}
+    assert dataclasses.replace(old, **later) == result(2.0)
     (table,) = report.measurements([old])
-    assert table.rows == [(SHAPE.label, "20", "10", "2.00x [1.80-2.20]", "-")]
+    assert table.rows == [(SHAPE.label, "20", "10", "2.00x [1.80-2.20]", "-", "-")]
+    (table,) = report.measurements([result(2.0)])
+    assert table.header[-2:] == ("torch.nn of the roof", "fused_rnn of the roof")
+    assert table.rows[0][-2:] == ("16%", "31%")
 
 
 def test_every_peer_has_its_tables_and_panels(tmp_path: Path) -> None:
@@ -619,7 +624,9 @@ def test_only_float32_has_a_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     for count, known in enumerate(measure.measure_all([job], [1, 2], "float32", 0.0), start=1):
         assert isinstance(known, Result)
         assert known.threads == count
-        assert known.of_roof == roof.bound_ms(SHAPE, "inference", count) / known.fused_ms
+        assert 0 < known.best_ms <= known.fused_ms
+        assert known.of_roof == roof.bound_ms(SHAPE, "inference", count) / known.best_ms
+        assert known.peer_of_roof == known.roof_ms / known.peer_best_ms
     (unknown,) = measure.measure_all([job], [1], "float64", 0.0)
     assert isinstance(unknown, Result)
     assert math.isnan(unknown.roof_ms)

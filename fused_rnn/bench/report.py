@@ -171,12 +171,13 @@ def measurements(results: Iterable[Result]) -> list[Table]:
     tables: dict[tuple[int, str, str], Table] = {}
     for r in results:
         title = f"{r.mode}, {threads(r.threads)}, against {r.peer}"
-        header = ("shape", f"{r.peer} ms", "fused_rnn ms", "speed-up", "of the roof")
+        sides = f"{r.peer} ms", "fused_rnn ms"
+        header = ("shape", *sides, "speed-up", f"{r.peer} of the roof", "fused_rnn of the roof")
         table = tables.setdefault((r.threads, r.mode, r.peer), Table(title, header, []))
         speedup = f"{r.speedup:.2f}x [{r.q25:.2f}-{r.q75:.2f}]"
-        of_roof = known(r.of_roof, ".0%")
+        of_roof = known(r.peer_of_roof, ".0%"), known(r.of_roof, ".0%")
         label = ", ".join(filter(None, (r.shape.label, r.schedule)))
-        table.rows.append((label, _ms(r.peer_ms), _ms(r.fused_ms), speedup, of_roof))
+        table.rows.append((label, _ms(r.peer_ms), _ms(r.fused_ms), speedup, *of_roof))
     return [tables[key] for key in sorted(tables, key=lambda key: key[:2])]
 
 
@@ -307,8 +308,8 @@ def heading(records: Sequence[Record]) -> tuple[str, str]:
             "torch.nn's in one process, with others' in one process each. Speed-up is the peer's "
             "time over fused_rnn's, with its quartiles over the pairs of calls. Training is a "
             "forward and a backward call. Every row was first checked for equal results. Of the "
-            "roof: the least time that this machine's arithmetic and caches allow, over "
-            "fused_rnn's.",
+            "roof: the least time that this machine's arithmetic and caches allow, over that of "
+            "the fastest call, since the roof is measured at the machine's best.",
         )
     if any(isinstance(r, Memory) for r in records):
         return (
