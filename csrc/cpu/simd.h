@@ -189,9 +189,38 @@ FUSED_RNN_INLINE Vector<float> load_partial(const float* p, int64_t n) {
   const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
   return reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(mask, p));
 }
+FUSED_RNN_INLINE Vector<double> load_partial(const double* p, int64_t n) {
+  const __mmask8 mask = n >= 8 ? 0xff : n <= 0 ? 0 : (1u << n) - 1;
+  return reinterpret_cast<Vector<double>>(_mm512_maskz_loadu_pd(mask, p));
+}
 FUSED_RNN_INLINE void store_partial(float* p, Vector<float> v, int64_t n) {
   const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
   _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
+}
+#elif defined(__AVX2__) && !defined(FUSED_RNN_VECTOR_BYTES)
+// By instructions: what scalars wrote to a buffer is not there yet for a vector to be loaded. Not
+// so for stores, for which the instruction is slow on AMD's processors.
+template <class Int>
+struct LaneMasks {
+  static constexpr int L = 32 / sizeof(Int);
+  Int lanes[2 * L] = {};
+  constexpr LaneMasks() {
+    for (int i = 0; i < L; ++i) lanes[i] = -1;
+  }
+  FUSED_RNN_INLINE __m256i first(int64_t n) const {
+    const int64_t valid = n > L ? L : n > 0 ? n : 0;
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + L - valid));
+  }
+};
+template <class Int>
+inline constexpr LaneMasks<Int> kLaneMasks{};
+FUSED_RNN_INLINE Vector<float> load_partial(const float* p, int64_t n) {
+  if (n >= 8) return load(p);
+  return reinterpret_cast<Vector<float>>(_mm256_maskload_ps(p, kLaneMasks<int32_t>.first(n)));
+}
+FUSED_RNN_INLINE Vector<double> load_partial(const double* p, int64_t n) {
+  if (n >= 4) return load(p);
+  return reinterpret_cast<Vector<double>>(_mm256_maskload_pd(p, kLaneMasks<int64_t>.first(n)));
 }
 #endif
 
