@@ -167,13 +167,66 @@ FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 32 bytes of lanes, of which the first n are set.
+template <class Int>
+struct LaneMasks {
+  static constexpr int L = 32 / sizeof(Int);
+  Int lanes[2 * L] = {};
+  constexpr LaneMasks() {
+    for (int i = 0; i < L; ++i) lanes[i] = -1;
+  }
+  FUSED_RNN_INLINE __m256i first(int64_t n) const {
+    const int64_t valid = n > L ? L : n > 0 ? n : 0;
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + L - valid));
+  }
+};
+template <class Int>
+inline constexpr LaneMasks<Int> kLaneMasks{};
+#endif
+
+// buffer[0, n) = p[0, n) and zeros behind, for n < N. By instructions where there are some: what
+// scalars have just written is not there yet for a vector to be loaded.
+template <class S, int N>
+FUSED_RNN_INLINE void copy_partial(const S* p, int64_t n, S (&buffer)[N]) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) {
+    const uint32_t mask = n > 0 ? (uint32_t(1) << n) - 1 : 0;
+    if constexpr (N == 32)
+      _mm512_storeu_si512(buffer, _mm512_maskz_loadu_epi16(mask, p));
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
+                          _mm256_maskz_loadu_epi16(__mmask16(mask), p));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 2) {
+    // Pairs, and what is left.
+    __m256i lanes =
+        _mm256_maskload_epi32(reinterpret_cast<const int*>(p), kLaneMasks<int32_t>.first(n / 2));
+    if (n > 0 && n % 2) {
+      const __m256i last = _mm256_set1_epi16(short(p[n - 1].bits));
+      const __m256i there =
+          _mm256_xor_si256(kLaneMasks<int16_t>.first(n), kLaneMasks<int16_t>.first(n - 1));
+      lanes = _mm256_or_si256(lanes, _mm256_and_si256(last, there));
+    }
+    if constexpr (N == 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), lanes);
+    else
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(buffer), _mm256_castsi256_si128(lanes));
+    return;
+  }
+#endif
+  for (int i = 0; i < N; ++i) buffer[i] = i < n ? p[i] : S{};
+}
+
 // The first n lanes (0 <= n <= lanes); the others are zero, and their memory is not touched.
 template <class S>
 FUSED_RNN_INLINE Vector<Accumulate<S>> load_partial(const S* p, int64_t n) {
   constexpr int L = kLanes<Accumulate<S>>;
   if (n >= L) return load(p);
-  S buffer[L] = {};
-  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  S buffer[L];
+  copy_partial(p, n, buffer);
   return load(buffer);
 }
 template <class S>
@@ -198,22 +251,7 @@ FUSED_RNN_INLINE void store_partial(float* p, Vector<float> v, int64_t n) {
   _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
 }
 #elif defined(__AVX2__) && !defined(FUSED_RNN_VECTOR_BYTES)
-// By instructions: what scalars wrote to a buffer is not there yet for a vector to be loaded. Not
-// so for stores, for which the instruction is slow on AMD's processors.
-template <class Int>
-struct LaneMasks {
-  static constexpr int L = 32 / sizeof(Int);
-  Int lanes[2 * L] = {};
-  constexpr LaneMasks() {
-    for (int i = 0; i < L; ++i) lanes[i] = -1;
-  }
-  FUSED_RNN_INLINE __m256i first(int64_t n) const {
-    const int64_t valid = n > L ? L : n > 0 ? n : 0;
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + L - valid));
-  }
-};
-template <class Int>
-inline constexpr LaneMasks<Int> kLaneMasks{};
+// Not so stores, for which the instruction is slow on AMD's processors.
 FUSED_RNN_INLINE Vector<float> load_partial(const float* p, int64_t n) {
   if (n >= 8) return load(p);
   return reinterpret_cast<Vector<float>>(_mm256_maskload_ps(p, kLaneMasks<int32_t>.first(n)));
@@ -297,8 +335,8 @@ FUSED_RNN_INLINE Vector<Accumulate<S>> load_row(const S* p, int64_t n) {
 FUSED_RNN_INLINE U32Vector load_row(const BFloat16* p, int64_t n) {
   constexpr int L = 2 * kLanes<float>;
   if (n >= L) return load_pairs(p);
-  BFloat16 buffer[L] = {};
-  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  BFloat16 buffer[L];
+  copy_partial(p, n, buffer);
   return load_pairs(buffer);
 }
 
