@@ -379,9 +379,9 @@ class ForwardScan : Scan<ForwardProblem> {
     return at;
   }
 
-  // Some stages of one step: its products, each with as much of the cell as can follow, and where
-  // those are normalised that and the rest of the cell, or its operand, that normalised, and the
-  // rest.
+  // Some stages of one step. They are its products, each with as much of the cell as follows from
+  // it; or, where products are normalised, the product, its norm with the cell up to an operand
+  // that is normalised as well, and the norm of that with the rest.
   void step(const Task& task, const Member& member, int64_t t, int64_t index_in_chunk,
             int64_t parity, Range stages) {
     const int64_t rows = alive(member, t);

@@ -14,7 +14,8 @@ constexpr int kChains = 4;
 // body(at, valid, chain) for every vector, with how many of its lanes are units, a constant where
 // it is all of them, and the part of a sum that it belongs to. each_of(units, body) calls
 // body(at, valid) for those of some units, in one loop whatever units they are: the compiler may
-// round another one differently.
+// round another one differently. They begin with a panel, as a member's units do, since a panel of
+// three gates or more has no more units than kUnitPad.
 template <class A>
 struct GatesInSlots {  // gates of Hp units one after another
   int begin, count;
