@@ -259,9 +259,9 @@ def _result(
     differences: tuple[float, float],
 ) -> Result:
     q25, speedup, q75 = statistics.quantiles((a / b for a, b in times), n=4, method="inclusive")
-    sides = list(zip(*times, strict=True))
-    peer_ms, fused_ms = (1e3 * statistics.median(side) for side in sides)
-    peer_best_ms, best_ms = (1e3 * min(side) for side in sides)
+    both = list(zip(*times, strict=True))
+    peer_ms, fused_ms = (1e3 * statistics.median(side) for side in both)
+    peer_best_ms, best_ms = (1e3 * min(side) for side in both)
     return Result(
         shape=shape,
         mode=mode,
