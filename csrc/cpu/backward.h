@@ -220,14 +220,10 @@ class BackwardScan : Scan<BackwardProblem> {
       };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + count - 1 - i : first + i;
-        // Members of a unit split wait for each other after every stage, others never.
-        const int at_once = by_units() ? 1 : info_.stages();
-        for (int stage = 0; stage < info_.stages(); stage += at_once) {
-          each_walker([&](const Member& member) {
-            gate_gradients(task, member, chunk, t, {stage, stage + at_once});
-          });
-          if (by_units()) wait_for_team(crew);
-        }
+        each_stage(crew, [&](Range stages) {
+          each_walker(
+              [&](const Member& member) { gate_gradients(task, member, chunk, t, stages); });
+        });
         // Behind the last step lies h0, whose gradient may not be wanted.
         if (p_.d_h0 || done + i + 1 < steps_.T)
           each_walker([&](const Member& member) {

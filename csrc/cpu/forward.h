@@ -150,14 +150,11 @@ class ForwardScan : Scan<ForwardProblem> {
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + i : first + count - 1 - i;
-        // Members of a unit split wait for each other after every stage, others never.
-        const int at_once = by_units() ? 1 : info_.stages();
-        for (int stage = 0; stage < info_.stages(); stage += at_once) {
+        each_stage(crew, [&](Range stages) {
           each_member(crew, [&](const Member& member) {
-            step(task, member, t, t - first, (done + i) % 2, {stage, stage + at_once});
+            step(task, member, t, t - first, (done + i) % 2, stages);
           });
-          if (by_units()) wait_for_team(crew);
-        }
+        });
       }
       lead(task.layer);
     }

@@ -131,6 +131,17 @@ class Scan {
     for (int64_t i = crew.members.begin; i < crew.members.end; ++i) body(members[i]);
   }
 
+  // Calls body(stages) for those of a step: one by one where units are divided, whose members wait
+  // for each other after every one, and else all at once.
+  template <class Body>
+  void each_stage(Crew& crew, Body body) {
+    const int at_once = by_units() ? 1 : info_.stages();
+    for (int stage = 0; stage < info_.stages(); stage += at_once) {
+      body(Range{stage, stage + at_once});
+      if (by_units()) wait_for_team(crew);
+    }
+  }
+
   void wait_for_team(Crew& crew) { crew.members = barriers_[crew.d].wait(crew.members); }
   void wait_for_everyone(int begin, int end) { everyone_.wait(end - begin); }
 
