@@ -44,6 +44,15 @@ TINY = (
 )
 
 
+def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what `machine` has put in their place
+    for rate in (_C.tile_rate, lambda threads: _C.stream_rate(2**18, threads)):
+        assert rate(1) > 0
+        assert rate(2) > 0
+        with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+            rate(0)
+
+
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine of known speed: 100 GFLOP/s a thread, and 64 GB/s up to 64 KiB, 16 beyond."""
