@@ -31,8 +31,9 @@ class Plan(TypedDict):
     split: str  # one of the words above
     threads: int  # in all directions together
     blocks: int  # of sequences, walked one after another through all of time
-    pack_ih: bool  # whether W_ih is repacked for the tile, or read as it is
-    pack_hh: bool
+    pack_ih: str  # what is packed for the product with W_ih: "weights", "rows" of x, or "nothing"
+    pack_hh: str
+    fetch_weights: bool  # whether packed weights are fetched ahead, because they leave L3
     chunk_steps: int  # steps whose input product is made at once
     possible: bool  # False where a forced split cannot run
     reason: str
@@ -85,10 +86,17 @@ def describe_schedule(persistent: Persistent, forced: str | None = None) -> str:
 def describe(plan: Plan) -> str:
     """The plan in a sentence: what was chosen and why, and why the others were not."""
     others = "".join(f"; not {split}: {why}" for split, why in plan["against"].items())
-    packed = [name for name in ("W_ih", "W_hh") if plan[f"pack_{name[2:]}"]]  # type: ignore[literal-required]
+    names = {
+        ("pack_ih", "weights"): "W_ih",
+        ("pack_ih", "rows"): "x",
+        ("pack_hh", "weights"): "W_hh",
+        ("pack_hh", "rows"): "h",
+    }
+    packed = [name for (which, what), name in names.items() if plan[which] == what]  # type: ignore[literal-required]
     return (
         f"{plan['split']}, {plan['threads']} thread{'s' * (plan['threads'] > 1)}: "
-        f"{plan['reason']}{others} (packed: {' and '.join(packed) or 'nothing'}; "
+        f"{plan['reason']}{others} (packed: {' and '.join(packed) or 'nothing'}"
+        f"{', fetched ahead' * plan['fetch_weights']}; "
         f"{plan['blocks']} block{'s' * (plan['blocks'] > 1)} of sequences, "
         f"{plan['chunk_steps']} step{'s' * (plan['chunk_steps'] > 1)} at once)"
     )

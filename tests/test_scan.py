@@ -110,6 +110,10 @@ SIZES = [
     (4, 100, 7, 20),
     # One row over several panels of every cell, and a last row of K that has no other beside it.
     (20, 1, 129, 151),
+    # Rows are packed and not the weights, full vectors of them and not.
+    (1, 16, 33, 70),
+    (4, 30, 9, 150),
+    (16, 1, 300, 150),
 ]
 
 
@@ -499,6 +503,9 @@ SHARED = [
     ((9, 700, 34, 15), {}),  # several blocks of sequences
     ((0, 0, 4, 5), {"batch_sizes": (600, 590, 300, 2, 2, 1), "bidirectional": True}),
     ((80, 1, 8, 40), {"layers": 3}),
+    ((1, 64, 30, 250), {}),  # rows are packed, not weights
+    ((4, 29, 8, 70), {"layers": 2, "bidirectional": True}),
+    ((20, 3, 300, 150), {}),
 ]
 # The same ways with what acts on the states between the steps.
 SHARED_CONTROLS = [
@@ -517,6 +524,17 @@ SHARED_CONTROLS = [
         {"bidirectional": True, "reset": 0.2, "reset_to_initial": True, "h_mask": True},
     ),
     ((20, 64, 8, 40), {"reset": 0.2, "zoneout": "shares", "h_mask": True}),
+    (
+        (4, 30, 8, 70),
+        {
+            "lengths": (3, 4, 0, 4, 2) * 6,
+            "reset": 0.2,
+            "zoneout": "mask",
+            "h_mask": True,
+            "candidate_mask": True,
+            "all_c": True,
+        },
+    ),
     ((80, 1, 8, 40), {"layers": 3, "reset": 0.1, "h_mask": True, "candidate_mask": True}),
 ]
 

@@ -121,14 +121,47 @@ def test_the_sums_over_time_do_not_know_the_threads(B: int) -> None:
     assert len({tuple(p[key] for key in kept) for p in plans}) == 1
 
 
+def packing(*sizes: int, **options: Any) -> tuple[str, str]:
+    chosen = plan(*sizes, **options)
+    return chosen["pack_ih"], chosen["pack_hh"]
+
+
 def test_packing_looks_at_the_caches() -> None:
-    # One sequence: packed weights stream faster from L2 and L3, but not from memory.
-    assert plan(50, 1, 512, l3=32 * MIB)["pack_hh"]
-    assert not plan(50, 1, 512, l3=4 * MIB)["pack_hh"]
-    assert not plan(10, 1, 512, l3=32 * MIB)["pack_hh"]
+    # One sequence: packed weights stream faster, but not at once.
+    assert packing(50, 1, 512)[1] == "weights"
+    assert packing(10, 1, 512)[1] == "nothing"
     # Few rows of a weight beyond L2 do not pay for the copy.
-    assert plan(10, 2, 256, l2=2 * MIB)["pack_hh"]
-    assert not plan(10, 2, 256, l2=MIB // 2)["pack_hh"]
+    assert packing(10, 2, 256, l2=2 * MIB)[1] == "weights"
+    assert packing(10, 2, 256, l2=MIB // 2)[1] == "nothing"
+    # The 4 MiB of W_hh are an eighth of L3 in one case, and more in the other.
+    assert not plan(50, 8, 512, l3=32 * MIB)["fetch_weights"]
+    assert plan(50, 8, 512, l3=31 * MIB)["fetch_weights"]
+    assert plan(50, 8, 512, l3=31 * MIB, backward=True)["fetch_weights"]
+
+
+def test_rows_are_packed_where_weights_are_used_too_seldom() -> None:
+    assert packing(1, 16, 256) == packing(4, 16, 256) == ("rows", "rows")
+    assert plan(1, 16, 256)["split"] == "units"  # weights that are read once are shared
+    assert plan(1, 64, 80)["split"] == "rows"  # not well in five parts
+    assert packing(5, 16, 256) == ("weights", "weights")
+    assert packing(1, 8, 256) == packing(8, 1, 256) == ("nothing", "nothing")  # too few
+    assert packing(1, 20, 256) == ("nothing", "nothing")  # vectors of 16, half empty
+    assert packing(1, 24, 256) == ("rows", "rows")
+    assert packing(1, 65, 256) == ("weights", "weights")
+    # Of all steps at once, a large W_ih is used once.
+    assert packing(50, 1, 512) == ("rows", "weights")
+    assert packing(50, 1, 64) == packing(80, 1, 512) == ("weights", "weights")
+    assert packing(1, 16, 256, proj=64) == ("rows", "weights")
+    assert packing(1, 16, 512, weight_bytes=2) == ("nothing", "nothing")
+    assert packing(1, 16, 256, backward=True) == ("nothing", "nothing")
+
+
+@pytest.mark.parametrize("T", [1, 2, 9, 70])
+@pytest.mark.parametrize("B", [1, 4, 16, 64, 300])
+def test_whether_anything_is_packed_does_not_depend_on_threads(T: int, B: int) -> None:
+    for H in 40, 300:
+        plans = [packing(T, B, H, threads=n, layers=2) for n in (1, 2, 3, 8)]
+        assert len({tuple(what == "nothing" for what in p) for p in plans}) == 1
 
 
 FORCED = [
@@ -137,6 +170,7 @@ FORCED = [
     ((37, 20, 9, 48), {"layers": 4}),
     ((7, 300, 5, 20), {"layers": 2}),
     ((12, 20, 9, 48), {"bidirectional": True}),
+    ((4, 24, 9, 48), {"layers": 3}),  # rows are packed, not weights
     ((0, 0, 6, 40), {"batch_sizes": (9, 9, 7, 7, 3, 3, 1), "layers": 3}),
     ((0, 0, 6, 20), {"batch_sizes": tuple(range(40, 0, -1))}),  # shared anew in every chunk
     ((0, 0, 6, 20), {"batch_sizes": (300, 290, 40, 40, 1)}),  # ... and in blocks

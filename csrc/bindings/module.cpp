@@ -216,8 +216,9 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   result["split"] = cpu::kSplitNames[int(plan.split)];
   result["threads"] = plan.threads;
   result["blocks"] = plan.blocks;
-  result["pack_ih"] = plan.pack_ih;
-  result["pack_hh"] = plan.pack_hh;
+  result["pack_ih"] = cpu::kPackNames[int(plan.pack_ih)];
+  result["pack_hh"] = cpu::kPackNames[int(plan.pack_hh)];
+  result["fetch_weights"] = plan.fetch_weights;
   result["chunk_steps"] = plan.chunk_steps;
   result["possible"] = plan.possible;
   result["reason"] = plan.reason;

@@ -37,8 +37,8 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t chunk_rows = block_rows_ * plan_.chunk_steps;
     const bool weights = p_.d_weights != nullptr;
     // Pairs are there in panels only.
-    const bool pack_ih = plan_.pack_ih || kRounds;
-    const bool pack_hh = plan_.pack_hh || kRounds;
+    const bool pack_ih = plan_.pack_ih != Pack::kNothing || kRounds;
+    const bool pack_hh = plan_.pack_hh != Pack::kNothing || kRounds;
     const bool sums = weights && kLowPrecision && !one_product();
     directions_ = arena.take<Direction>(slots_of_work());
     for (int64_t slot = 0; slot < slots_of_work(); ++slot) {
@@ -572,7 +572,7 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t K = gates * padded;
     const W* panel = packed + column * packed_rows<W>(K);
     for_row_tiles<O, W>(rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-      tile(K, a + m * lda, lda, panel, vectors * L, add ? add + m * ld_add : nullptr, ld_add,
+      tile(K, a + m * lda, lda, panel, ahead_, add ? add + m * ld_add : nullptr, ld_add,
            out + m * ldo, ldo);
     });
   }

@@ -34,16 +34,18 @@ class ForwardScan : Scan<ForwardProblem> {
       Direction measured;
       Direction& dir = directions_ ? directions_[slot] : measured;
       const WeightSizes largest{widest_, p_.H, p_.R, p_.projected()};
-      if (!p_.frozen()) dir.packed.lay_out(arena, info_, largest, plan_.pack_ih, plan_.pack_hh);
+      if (!p_.frozen())
+        dir.packed.lay_out(arena, info_, largest, plan_.pack_ih == Pack::kWeights,
+                           plan_.pack_hh == Pack::kWeights);
       dir.h[0] = arena.take<O>(steps_.B * Rp_);
       dir.h[1] = arena.take<O>(steps_.B * Rp_);
       dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
       dir.unprojected = arena.take<O>(p_.projected() ? steps_.B * Hp_ : 0);
       dir.operand = arena.take<O>(info_.two_products() ? steps_.B * Hp_ : 0);
       dir.normed = arena.take<A>(info_.normed_operand ? steps_.B * 2 * Hp_ : 0);
-      const int64_t gates_h = info_.norm_gates ? steps_.B * G_ * Hp_ : 0;
-      dir.gates_h = arena.take<A>(gates_h);
-      dir.normed_h = by_units() ? arena.take<A>(gates_h) : dir.gates_h;
+      const int64_t gates_h = steps_.B * G_ * Hp_;
+      dir.gates_h = arena.take<A>(info_.norm_gates || packs_rows(plan_.pack_hh) ? gates_h : 0);
+      dir.normed_h = by_units() && info_.norm_gates ? arena.take<A>(gates_h) : dir.gates_h;
       dir.h_mask = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       dir.candidate_mask = arena.take<A>(p_.candidate_mask ? steps_.B * Hp_ : 0);
       for (O*& masked : dir.masked) masked = arena.take<O>(p_.h_mask ? steps_.B * Rp_ : 0);
@@ -52,6 +54,11 @@ class ForwardScan : Scan<ForwardProblem> {
       gates_stride_ = by_units() ? 0 : chunk_rows * G_ * Hp_;
       dir.gates_x = arena.take<A>((gates_stride_ ? members : 1) * chunk_rows * G_ * Hp_);
       dir.staged = arena.take<O>(members * chunk_rows * widest_);
+      // A vector of rows more than there are.
+      const int64_t ih = packs_rows(plan_.pack_ih) ? (chunk_rows + L) * widest_ : 0;
+      const int64_t hh = packs_rows(plan_.pack_hh) ? (part_rows_ + L) * p_.R : 0;
+      packed_rows_stride_ = ih > hh ? ih : hh;
+      dir.packed_rows = arena.take<O>(members * packed_rows_stride_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
       dir.steps = arena.take<ForwardStep<S>>(members);
     }
@@ -77,12 +84,13 @@ class ForwardScan : Scan<ForwardProblem> {
     O* unprojected;           // [B, Hp]
     O* operand;               // [B, Hp], of the second product
     A* normed;                // [B, 2, Hp]: the operand of a norm, normalised and not
-    A* gates_h;               // [B, G*Hp] in panel order, where they are normalised
+    A* gates_h;               // [B, G*Hp] in panel order, where all are made before the cell
     A* normed_h;              // the same after that: elsewhere, where others still read them
     A* h_mask;                // [B, Rp]
     A* candidate_mask;        // [B, Hp]
     O* masked[2];             // [B, Rp]: h times its mask
     A* gates_x;               // [members, chunk rows, G*Hp] in panel order
+    O* packed_rows;           // [members, packed_rows_stride_]: of one product, for dot_left
     O* staged;                // [members, chunk rows, I]
     ForwardStep<S>* steps;    // [members]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
@@ -247,6 +255,9 @@ class ForwardScan : Scan<ForwardProblem> {
     }
 
     A* gates = gates_x(task, member);
+    if (packs_rows(plan_.pack_ih))
+      return product_of_rows(task, member, rows, task.I, x, ldx, task.weights.ih,
+                             task.packed.bias_ih, gates);
     for_panels_at_once<A>(
         task.packed.ih ? rows : 0, G_, member.units.begin, member.units.end,
         [&](int64_t unit, int vectors, int panels) {
@@ -310,6 +321,20 @@ class ForwardScan : Scan<ForwardProblem> {
                         [&](int64_t m, int64_t, TileFunction<O, W> tile) {
                           tile(K, x + m * ldx, ldx, panel, width, bias, 0, out + m * ldo, ldo);
                         });
+  }
+
+  static constexpr bool kPacksRows = std::is_same_v<S, A>;
+  static bool packs_rows(Pack pack) { return kPacksRows && pack == Pack::kRows; }
+
+  // The same for all units of a member, with the rows of x packed: out[m, panels].
+  void product_of_rows(const Task& task, const Member& member, int64_t rows, int64_t K, const O* x,
+                       int64_t ldx, const void* w, const A* bias, A* out) const {
+    if constexpr (kPacksRows) {
+      A* packed = task.dir->packed_rows + member.index * packed_rows_stride_;
+      pack_left(rows, K, x, ldx, packed);
+      dot_left(rows, K, packed, static_cast<const A*>(w), G_, p_.H, member.units.begin,
+               member.units.end, info_.norm_gates ? nullptr : bias, out, G_ * Hp_);
+    }
   }
 
   // Where a member's rows stand, but for what moves from step to step.
@@ -397,6 +422,18 @@ class ForwardScan : Scan<ForwardProblem> {
   void recurrent_product(const Task& task, const Member& member, const ForwardStep<S>& at,
                          int64_t rows, int64_t parity, int which) const {
     const auto& r = task.packed.recurrent[which];
+    if (packs_rows(plan_.pack_hh)) {
+      const int64_t first = member.rows.begin, ldh = G_ * Hp_;
+      A* gates = task.dir->gates_h + first * ldh;
+      product_of_rows(task, member, rows, p_.R, h_of(task, parity) + first * Rp_, Rp_,
+                      task.weights.hh, r.bias, gates);
+      if (!info_.norm_gates)
+        for_equal_panels<A>(
+            G_, member.units.begin, member.units.end, [&](int64_t unit, int vectors, int panels) {
+              apply_cell(member, at, 0, rows, 0, unit, vectors, panels, gates + unit * G_, ldh);
+            });
+      return;
+    }
     for_equal_panels<A>(
         r.gates, member.units.begin, member.units.end, [&](int64_t unit, int vectors, int panels) {
           const int64_t highest = max_rows(r.gates * vectors);
@@ -422,6 +459,11 @@ class ForwardScan : Scan<ForwardProblem> {
     return panels > 1 ? panels - panels % 2 : 1;
   }
 
+  // h before a step, as W_hh meets it.
+  const O* h_of(const Task& task, int64_t parity) const {
+    return task.dir->h_mask ? task.dir->masked[parity] : task.dir->h[parity];
+  }
+
   // Some rows and panels of it: the product, and while that is in L1, the cell.
   void block(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t m,
              int64_t height, int64_t parity, int which, int64_t unit, int vectors,
@@ -433,8 +475,7 @@ class ForwardScan : Scan<ForwardProblem> {
     if (!info_.recurrent)
       return apply_cell(member, at, m, height, which, unit, vectors, panels, bias, 0);
     const int64_t lda = which == 0 ? Rp_ : Hp_;
-    const O* h = dir.h_mask ? dir.masked[parity] : dir.h[parity];
-    const O* a = (which == 0 ? h : dir.operand) + (member.rows.begin + m) * lda;
+    const O* a = (which == 0 ? h_of(task, parity) : dir.operand) + (member.rows.begin + m) * lda;
     const S* w = static_cast<const S*>(task.weights.hh) + r.first * p_.H * p_.R;
     alignas(64) A products[kProducts / sizeof(A)];
     A* out = products;
@@ -564,7 +605,8 @@ class ForwardScan : Scan<ForwardProblem> {
 
   const CellRows<S>& cell_;
   const int G_;
-  int64_t gates_stride_;   // of a member's gates_x
+  int64_t gates_stride_;  // of a member's gates_x
+  int64_t packed_rows_stride_;
   Direction* directions_;  // [slots of work]
   S* between_;             // [betweens, N, D*R]: output of a layer, input of the next
 };

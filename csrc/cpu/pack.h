@@ -35,6 +35,15 @@ FUSED_RNN_INLINE void for_equal_panels(int gates, int64_t begin, int64_t end, Bo
   if (begin < end) body(begin, int((end - begin) / kLanes<A>), 1);
 }
 
+// Where gate g of a vector of units stands in a row of the panels of units [begin, end).
+template <class A>
+int64_t column_of(int gates, int64_t begin, int64_t end, int64_t unit, int g) {
+  const int64_t width = panel_units<A>(gates);
+  const int64_t panel = unit - (unit - begin) % width;
+  const int64_t units = end - panel < width ? end - panel : width;
+  return panel * gates + g * units + unit - panel;
+}
+
 // Calls body(first_unit, vectors, panels) for what a product of so many rows takes of them at once.
 template <class A, class Body>
 FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,
@@ -57,10 +66,16 @@ struct PanelVector {
   }
 };
 
-// W[gates*H, K], to be used as x W^T: dst[k, g, v, lane] = W[g*H + unit + v*L + lane, k].
+// Vectors that hold so many rows, of those that stand in one strip.
+constexpr int vectors_of_rows(int64_t rows, int64_t L) {
+  return rows > (kStrip - 1) * L ? kStrip : int((rows + L - 1) / L);
+}
+
+// W[gates*H, K] with rows ldw apart, to be used as x W^T:
+// dst[k, g, v, lane] = W[g*H + unit + v*L + lane, k].
 template <class S>
-void pack_transposed(const S* w, int gates, int64_t H, int64_t K, int64_t unit, int vectors,
-                     Packed<S>* dst) {
+void pack_transposed(const S* w, int64_t ldw, int gates, int64_t H, int64_t K, int64_t unit,
+                     int vectors, Packed<S>* dst) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   constexpr int depth = kDepth<Packed<S>>;
@@ -76,10 +91,9 @@ void pack_transposed(const S* w, int gates, int64_t H, int64_t K, int64_t unit, 
         Vector<A> rows[L];
 #pragma GCC unroll 16
         for (int lane = 0; lane < L; ++lane)
-          rows[lane] =
-              first + lane < H
-                  ? reinterpret_cast<Vector<A>>(load_row(w + (g * H + first + lane) * K + k, K - k))
-                  : Vector<A>{};
+          rows[lane] = first + lane < H ? reinterpret_cast<Vector<A>>(
+                                              load_row(w + (g * H + first + lane) * ldw + k, K - k))
+                                        : Vector<A>{};
         transpose<A>(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
@@ -183,6 +197,55 @@ void dot(int64_t M, int64_t K, const Operand<S>* a, int64_t lda, const S* w, int
           }
         }
         store(out + m * ldo + column, result + load(add + column));
+      }
+    }
+}
+
+// Rows of a left operand, a[M, K], packed as if they were weights: strips of kStrip vectors of
+// rows.
+template <class S>
+void pack_left(int64_t M, int64_t K, const S* a, int64_t lda, S* dst) {
+  constexpr int64_t L = kLanes<S>;
+  for (int64_t m = 0; m < M; m += kStrip * L)
+    pack_transposed<S>(a, lda, 1, M, K, m, vectors_of_rows(M - m, L), dst + m * K);
+}
+
+// The same as dot() for all panels of units [begin, end), with the rows of `a` packed by pack_left:
+// the tile takes its rows from W as it is, and its vectors from them. Where rows fill the vectors
+// that is nearly as fast as with W packed, and has the same bits. `add` may be null.
+template <class A>
+void dot_left(int64_t M, int64_t K, const A* a, const A* w, int gates, int64_t H, int64_t begin,
+              int64_t end, const A* add, A* out, int64_t ldo) {
+  constexpr int64_t L = kLanes<A>, kUnits = 3 * L;  // at once: full tiles
+  // More rows of W than that fight for a set of L1, where K is a power of two.
+  constexpr int64_t kHighest = 6;
+  alignas(64) A sums[kUnits * kStrip * L];
+  for (int64_t first = begin; first < end; first += kUnits)
+    for (int g = 0; g < gates; ++g) {
+      const int64_t units = end - first < kUnits ? end - first : kUnits;
+      const int64_t valid = H - first < units ? H - first : units;
+      const A* rows = w + (g * H + first) * K;
+      for (int64_t m = 0; m < M; m += kStrip * L) {
+        const int n = vectors_of_rows(M - m, L);
+        for_heights(valid, kHighest, [&](int64_t row, int64_t height) {
+          kTiles<A, A, Left::kRows, Right::kPanel>.at[n - 1][height - 1](
+              K, rows + row * K, K, a + m * K, 0, nullptr, 0, sums + row * n * L, n * L);
+        });
+        for (int64_t i = (valid > 0 ? valid : 0) * n; i < units * n; ++i)
+          store(sums + i * L, Vector<A>{});
+        for (int64_t u = 0; u < units; u += L)
+          for (int i = 0; i < n; ++i) {
+            Vector<A> turned[L];
+#pragma GCC unroll 16
+            for (int64_t lane = 0; lane < L; ++lane)
+              turned[lane] = load(sums + ((u + lane) * n + i) * L);
+            transpose<A>(turned);
+            const int64_t column = column_of<A>(gates, begin, end, first + u, g);
+            const Vector<A> bias = add ? load(add + column) : Vector<A>{};
+            const int64_t row = m + i * L, left = M - row < L ? M - row : L;
+            for (int64_t lane = 0; lane < left; ++lane)
+              store(out + (row + lane) * ldo + column, turned[lane] + bias);
+          }
       }
     }
 }

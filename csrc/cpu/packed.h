@@ -62,7 +62,7 @@ struct PackedWeights {
         };
         pack_bias<S>(from(bias, 1), gates, sizes.H, unit, vectors, packed_bias + unit * gates);
         if (packed)
-          pack_transposed<S>(from(weight, K), gates, sizes.H, K, unit, vectors,
+          pack_transposed<S>(from(weight, K), K, gates, sizes.H, K, unit, vectors,
                              packed + unit * gates * packed_rows<W>(K));
       });
     };
@@ -72,8 +72,8 @@ struct PackedWeights {
     if (hr)
       for_panels<A>(1, 0, pad_units(sizes.R), [&](int64_t unit, int vectors) {
         if (mine())
-          pack_transposed<S>(static_cast<const S*>(w.hr), 1, sizes.R, sizes.H, unit, vectors,
-                             hr + unit * packed_rows<W>(sizes.H));
+          pack_transposed<S>(static_cast<const S*>(w.hr), sizes.H, 1, sizes.R, sizes.H, unit,
+                             vectors, hr + unit * packed_rows<W>(sizes.H));
       });
     if (cell.norm_gates)
       for_panels<A>(cell.gates, units.begin, units.end, [&](int64_t unit, int vectors) {

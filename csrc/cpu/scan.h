@@ -34,6 +34,7 @@ class Scan {
         widest_(problem.layers > 1 && problem.dirs * problem.R > problem.I
                     ? problem.dirs * problem.R
                     : problem.I),
+        ahead_(plan.fetch_weights ? kFetchAhead : 0),
         part_rows_(largest_part(problem.steps, row_parts(int(team(0).size())))),
         everyone_(plan.threads),
         barriers_{Barrier(int(team(0).size())), Barrier(int(team(1).size()))} {}
@@ -189,6 +190,7 @@ class Scan {
   int64_t units_ = Hp_;      // of a member that has all of them
   const int64_t slots_;      // of saved
   const int64_t widest_;     // features that a layer takes
+  const int64_t ahead_;      // of a packed panel, for the tile
   const int64_t part_rows_;  // sequences of a member, at most
 
  private:

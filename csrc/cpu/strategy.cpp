@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <fstream>
+#include <string>
 
 namespace fused_rnn::cpu {
 namespace {
@@ -30,9 +33,14 @@ constexpr int64_t kWavefrontSteps = 16;
 // in L2, and later where it does not.
 constexpr int64_t kRowsWorthPacking = 8;
 constexpr int64_t kRowsWorthPackingLarge = 48;
-// One row streams packed weights 1.35 times as fast as rows, from L2 and L3 alike, and packing
-// costs two passes: it pays from about 10 steps on. Beyond L3, both come as fast as memory.
+// One row streams packed weights 1.35 times as fast as rows, from L2 and L3 alike, and from memory
+// no slower. Packing costs two passes: it pays from about 10 steps on.
 constexpr int64_t kStepsWorthPacking = 16;
+// Steps that use W_hh too seldom for packing it, where there are rows enough to pack these.
+constexpr int64_t kStepsWithoutPacking = 4;
+// Cores that share L3. Packed weights that do not fit the share of one come from farther away than
+// the tile can look ahead (Zen 3, of 6 MB on).
+constexpr int64_t kCoresOfL3 = 8;
 // Rows of the input product made at once, and of the blocks a large batch is walked in: enough to
 // use W_ih well from L2, few enough for the gates to stay there.
 constexpr int64_t kForwardRows = 64;
@@ -122,7 +130,8 @@ constexpr const char* kReasons[kSplits] = {
     "each thread has units of its own, with a barrier per step",
     "each thread has layers of its own, a chunk of steps behind the one below"};
 
-Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double passes) {
+Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double passes,
+            bool share_weights) {
   const int threads = machine.busy ? 1 : machine.threads;
   const Question question(s, cell, threads, machine.unit_step, passes);
   Plan plan;
@@ -155,8 +164,12 @@ Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double
     fits[i] = !plan.against[i];
   }
   // High tiles and no waiting first; then what shares a step's weights among the caches of the
-  // cores; layers where a step is too little work for that; low tiles last.
-  const bool high = s.steps.B >= kRowsWorthAThread * question.threads;
+  // cores; layers where a step is too little work for that; low tiles last. Weights that are used
+  // once are better shared than read by each.
+  const int64_t uneven =
+      question.unit_parts < 4 * question.threads ? question.unit_parts % question.threads : 0;
+  const bool high =
+      s.steps.B >= kRowsWorthAThread * question.threads && !(share_weights && !uneven);
   const Split order[] = {high ? Split::kRows : Split::kUnits, Split::kUnits, Split::kLayers,
                          Split::kRows};
   for (const Split split : order)
@@ -172,14 +185,31 @@ Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double
   return plan;
 }
 
-bool worth_packing(int64_t bytes, int64_t rows, const Machine& machine) {
-  return rows >= (bytes > machine.l2 ? kRowsWorthPackingLarge : kRowsWorthPacking);
+// Whether anything is packed decides the order of a sum, so it does not depend on the threads.
+Pack worth_packing(int64_t bytes, int64_t rows, const Machine& machine) {
+  const bool worth = rows >= (bytes > machine.l2 ? kRowsWorthPackingLarge : kRowsWorthPacking);
+  return worth ? Pack::kWeights : Pack::kNothing;
 }
 
 void choose_packing(const Stack& s, const CellInfo& cell, const Machine& machine, Plan& plan) {
   const int64_t column = s.weight_bytes * cell.gates * s.H;
   plan.pack_ih = worth_packing(column * s.input_size(s.layers - 1), s.steps.N, machine);
   plan.pack_hh = worth_packing(column * s.R, s.steps.N, machine);
+  plan.fetch_weights = column * s.R > machine.l3 / kCoresOfL3;
+}
+
+// Whether so many rows are worth packing in place of weights: those of 16 bits cannot be, and few
+// would leave too many lanes of vectors empty.
+bool worth_packing_rows(const Stack& s, int64_t rows) {
+  constexpr int64_t kTogether = 16;  // lanes of the vectors of a tile, with AVX2
+  return s.weight_bytes >= 4 && rows >= kTogether - 2 && rows <= kForwardRows &&
+         4 * rows >= 3 * kTogether * ceil_div(rows, kTogether);
+}
+
+// Whether the rows of a forward step are packed and not W_hh, which too few steps will use.
+bool packs_rows_of_steps(const Stack& s, const CellInfo& cell) {
+  return worth_packing_rows(s, s.steps.B) && s.steps.T <= kStepsWithoutPacking && !s.projected() &&
+         cell.recurrent && !cell.two_products();
 }
 
 int64_t wavefront_chunk(const Stack& s, const Plan& plan) {
@@ -189,7 +219,22 @@ int64_t wavefront_chunk(const Stack& s, const Plan& plan) {
 
 std::atomic<int> forced_split{-1};
 
-int64_t cache_size(int name, int64_t otherwise) {
+// Bytes of the data cache of a level, of the first core. The kernel's word comes first: what the
+// processor says to libc is the L3 of a whole socket on some (Zen), of which a core has a part.
+int64_t cache_size(int level, int name, int64_t otherwise) {
+  for (int index = 0; index < 8; ++index) {
+    const auto of_index = [&](const char* what) {
+      std::string word;
+      std::ifstream("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + what) >>
+          word;
+      return word;
+    };
+    if (of_index("/level") != std::to_string(level) || of_index("/type") == "Instruction") continue;
+    long long size = 0;
+    char unit = 'B';
+    if (sscanf(of_index("/size").c_str(), "%lld%c", &size, &unit) < 1 || size <= 0) break;
+    return size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
+  }
   const long size = sysconf(name);
   return size > 0 ? size : otherwise;
 }
@@ -199,8 +244,8 @@ int64_t cache_size(int name, int64_t otherwise) {
 Machine this_machine(int threads) {
   static constexpr Split kAll[kSplits] = {Split::kNone, Split::kRows, Split::kUnits,
                                           Split::kLayers};
-  static const int64_t l2 = cache_size(_SC_LEVEL2_CACHE_SIZE, Machine{}.l2);
-  static const int64_t l3 = cache_size(_SC_LEVEL3_CACHE_SIZE, Machine{}.l3);
+  static const int64_t l2 = cache_size(2, _SC_LEVEL2_CACHE_SIZE, Machine{}.l2);
+  static const int64_t l3 = cache_size(3, _SC_LEVEL3_CACHE_SIZE, Machine{}.l3);
   Machine machine{.threads = threads, .l2 = l2, .l3 = l3};
   if (const int forced = forced_split.load(std::memory_order_relaxed); forced >= 0) {
     machine.forced = &kAll[forced];
@@ -215,14 +260,17 @@ void force_split(const Split* split) {
 }
 
 Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machine) {
-  Plan plan = choose(stack, cell, machine, 1.0);
+  const int64_t B = stack.steps.B, T = stack.steps.T, N = stack.steps.N;
+  const bool packs_rows = packs_rows_of_steps(stack, cell);
+  Plan plan = choose(stack, cell, machine, 1.0, packs_rows && T == 1);
   choose_packing(stack, cell, machine, plan);
-  const int64_t B = stack.steps.B, T = stack.steps.T;
-  if (B == 1) {
-    const int64_t bytes = stack.weight_bytes * cell.gates * stack.H * stack.R;
-    plan.pack_hh = T >= kStepsWorthPacking && bytes < machine.l3 / 2;
-  }
-  if (stack.frozen()) plan.pack_ih = plan.pack_hh = true;
+  if (B == 1) plan.pack_hh = T >= kStepsWorthPacking ? Pack::kWeights : Pack::kNothing;
+  if (packs_rows) plan.pack_hh = Pack::kRows;
+  const int64_t ih_bytes =
+      stack.weight_bytes * cell.gates * stack.H * stack.input_size(stack.layers - 1);
+  if (worth_packing_rows(stack, N) && (T <= kStepsWithoutPacking || ih_bytes > machine.l2))
+    plan.pack_ih = Pack::kRows;
+  if (stack.frozen()) plan.pack_ih = plan.pack_hh = Pack::kWeights;
   int64_t rows = B;
   if (plan.split == Split::kNone || plan.split == Split::kRows) {
     const int64_t members = std::max<int64_t>(1, team_of(plan.threads, stack.dirs, 0).size());
@@ -235,7 +283,7 @@ Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machi
 }
 
 Plan plan_backward(const Stack& stack, const CellInfo& cell, const Machine& machine) {
-  Plan plan = choose(stack, cell, machine, 2.0);
+  Plan plan = choose(stack, cell, machine, 2.0, false);
   choose_packing(stack, cell, machine, plan);
   plan.blocks = int(std::max<int64_t>(1, ceil_div(stack.steps.B, kBackwardRows)));
   plan.chunk_steps =

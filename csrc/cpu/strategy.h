@@ -18,6 +18,14 @@ enum class Split {
 constexpr int kSplits = 4;
 constexpr const char* kSplitNames[kSplits] = {"none", "rows", "units", "layers"};
 
+// What is packed for the tile. Both ways of packing give the same bits.
+enum class Pack {
+  kNothing,  // one row after another is multiplied by the weights as they are
+  kWeights,  // before the first step, for all that use them
+  kRows,     // of each product: the tile takes its rows from the weights as they are
+};
+constexpr const char* kPackNames[] = {"nothing", "weights", "rows"};
+
 // What a choice may depend on besides the problem.
 struct Machine {
   int threads = 1;
@@ -38,10 +46,11 @@ struct Plan {
   int threads = 1;  // in all
   Split split = Split::kNone;
   int64_t unit_step = kUnitPad;
-  int blocks = 1;        // of sequences, walked one after another through all of time
-  bool pack_ih = false;  // repack the weights for the tile, or read them as they are
-  bool pack_hh = false;
-  int64_t chunk_steps = 1;  // steps whose input product is made at once
+  int blocks = 1;  // of sequences, walked one after another through all of time
+  Pack pack_ih = Pack::kNothing;
+  Pack pack_hh = Pack::kNothing;
+  bool fetch_weights = false;  // ahead: a step reads more of them than a core's share of L3
+  int64_t chunk_steps = 1;     // steps whose input product is made at once
   const char* reason = "";
   // Why the others were passed over, null for the chosen one.
   const char* against[kSplits] = {};

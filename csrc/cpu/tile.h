@@ -30,6 +30,10 @@ constexpr int max_rows_at_once(int vectors) {
   return kStrip == 2 && vectors == 4 ? 3 : fitting_rows(vectors);
 }
 
+// The least rows of a tile that fetches weights ahead, and how far ahead.
+constexpr int kFetchingRows = 4;
+constexpr int64_t kFetchAhead = 4096;  // bytes
+
 // Where A[m, k] of the left operand stands.
 enum class Left {
   kRows,     // a[m * lda + k]: activations, one row per sequence
@@ -38,7 +42,8 @@ enum class Left {
 
 // Where w[k, v] of the right operand stands.
 enum class Right {
-  kPanel,  // packed: strips of kStrip vectors one after another, each [K, width]
+  kPanel,  // packed: strips of kStrip vectors one after another, each [K, width]; ldw is how many
+           // bytes ahead the caches are told to fetch, 0 where they hold the weights
   kRows,   // w[k * ldw + v * L]: a matrix as it is
 };
 
@@ -48,6 +53,9 @@ enum class Right {
 //
 // X is what `a` holds and W what w does: numbers of one type, or weights in their storage type,
 // which are then widened (or multiplied in pairs) where they are loaded.
+//
+// A high tile asks for the weights to come: it takes a line of them only every few cycles, too slow
+// for the processor to run far enough ahead by itself. Low tiles take lines so fast that it does.
 template <class X, class W, Left kLeft, Right kRight, int M, int NV, int kPanels = 1>
 void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Accumulate<X>* add,
           int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
@@ -84,6 +92,13 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
                              ? strips[v / NV][s] + row * width(s) + v % NV % kStrip * L
                              : w + v * L);
     };
+    const auto fetch = [&](int64_t row) __attribute__((always_inline)) {
+      if constexpr (kRight == Right::kPanel && M >= kFetchingRows)
+#pragma GCC unroll 4
+        for (int s = 0; s < kStrips; ++s)
+          __builtin_prefetch(reinterpret_cast<const char*>(strips[0][s] + row * width(s)) + ldw, 0,
+                             2);
+    };
     // Multiplies what weights(v) and operands(m) give. What is fewer stands in registers.
     const auto multiply = [&](auto weights, auto operands) __attribute__((always_inline)) {
       if constexpr (M < kVectors) {
@@ -113,6 +128,7 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
       // No register is left for a mask, and GCC would spill sums: one part at a time.
       int64_t row = 0, part = 0;  // times L
       for (int64_t k = 0; k < K; ++k) {
+        fetch(row);
         multiply([&](int v)
                      __attribute__((always_inline)) { return part_at(weight(v, row), part); },
                  [&](int m) __attribute__((always_inline)) { return broadcast<1>(a + m * lda); });
@@ -123,6 +139,7 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
     } else {
       // The next row of w, of which the first `depth` rows of K are multiplied.
       const auto next_row = [&](auto depth) __attribute__((always_inline)) {
+        fetch(0);
 #pragma GCC unroll 2
         for (int part = 0; part < kParts<X, depth()>; ++part)
           multiply(
@@ -135,7 +152,7 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
         for (int p = 0; p < kPanels; ++p)
 #pragma GCC unroll 4
           for (int s = 0; s < kStrips; ++s) strips[p][s] += width(s) * L;
-        w += ldw;
+        if constexpr (kRight == Right::kRows) w += ldw;
         a += kLeft == Left::kRows ? depth() : lda;
       };
       for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
