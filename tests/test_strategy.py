@@ -141,7 +141,7 @@ def test_packing_looks_at_the_caches() -> None:
 
 def test_rows_are_packed_where_weights_are_used_too_seldom() -> None:
     assert packing(1, 16, 256) == packing(4, 16, 256) == ("rows", "rows")
-    assert plan(1, 16, 256)["split"] == "units"  # weights that are read once are shared
+    assert plan(1, 16, 256)["split"] == plan(4, 16, 256)["split"] == "units"
     assert plan(1, 64, 80)["split"] == "rows"  # not well in five parts
     assert packing(5, 16, 256) == ("weights", "weights")
     assert packing(1, 8, 256) == packing(8, 1, 256) == ("nothing", "nothing")  # too few

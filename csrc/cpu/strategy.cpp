@@ -164,8 +164,8 @@ Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double
     fits[i] = !plan.against[i];
   }
   // High tiles and no waiting first; then what shares a step's weights among the caches of the
-  // cores; layers where a step is too little work for that; low tiles last. Weights that are used
-  // once are better shared than read by each.
+  // cores; layers where a step is too little work for that; low tiles last. Weights that are seldom
+  // used are better shared than read by each.
   const int64_t uneven =
       question.unit_parts < 4 * question.threads ? question.unit_parts % question.threads : 0;
   const bool high =
@@ -262,7 +262,7 @@ void force_split(const Split* split) {
 Plan plan_forward(const Stack& stack, const CellInfo& cell, const Machine& machine) {
   const int64_t B = stack.steps.B, T = stack.steps.T, N = stack.steps.N;
   const bool packs_rows = packs_rows_of_steps(stack, cell);
-  Plan plan = choose(stack, cell, machine, 1.0, packs_rows && T == 1);
+  Plan plan = choose(stack, cell, machine, 1.0, packs_rows);
   choose_packing(stack, cell, machine, plan);
   if (B == 1) plan.pack_hh = T >= kStepsWorthPacking ? Pack::kWeights : Pack::kNothing;
   if (packs_rows) plan.pack_hh = Pack::kRows;
