@@ -57,8 +57,8 @@ class ForwardScan : Scan<ForwardProblem> {
       // A vector of rows more than there are.
       const int64_t ih = packs_rows(plan_.pack_ih) ? (chunk_rows + L) * widest_ : 0;
       const int64_t hh = packs_rows(plan_.pack_hh) ? (part_rows_ + L) * p_.R : 0;
-      packed_rows_stride_ = ih > hh ? ih : hh;
-      dir.packed_rows = arena.take<O>(members * packed_rows_stride_);
+      left_stride_ = ih > hh ? ih : hh;
+      dir.packed_left = arena.take<O>(members * left_stride_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
       dir.steps = arena.take<ForwardStep<S>>(members);
     }
@@ -90,7 +90,7 @@ class ForwardScan : Scan<ForwardProblem> {
     A* candidate_mask;        // [B, Hp]
     O* masked[2];             // [B, Rp]: h times its mask
     A* gates_x;               // [members, chunk rows, G*Hp] in panel order
-    O* packed_rows;           // [members, packed_rows_stride_]: of one product, for dot_left
+    O* packed_left;           // [members, left_stride_]: of one product, for dot_left
     O* staged;                // [members, chunk rows, I]
     ForwardStep<S>* steps;    // [members]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
@@ -330,7 +330,7 @@ class ForwardScan : Scan<ForwardProblem> {
   void product_of_rows(const Task& task, const Member& member, int64_t rows, int64_t K, const O* x,
                        int64_t ldx, const void* w, const A* bias, A* out) const {
     if constexpr (kPacksRows) {
-      A* packed = task.dir->packed_rows + member.index * packed_rows_stride_;
+      A* packed = task.dir->packed_left + member.index * left_stride_;
       pack_left(rows, K, x, ldx, packed);
       dot_left(rows, K, packed, static_cast<const A*>(w), G_, p_.H, member.units.begin,
                member.units.end, info_.norm_gates ? nullptr : bias, out, G_ * Hp_);
@@ -605,8 +605,8 @@ class ForwardScan : Scan<ForwardProblem> {
 
   const CellRows<S>& cell_;
   const int G_;
-  int64_t gates_stride_;  // of a member's gates_x
-  int64_t packed_rows_stride_;
+  int64_t gates_stride_;   // of a member's gates_x
+  int64_t left_stride_;    // of a member's packed_left
   Direction* directions_;  // [slots of work]
   S* between_;             // [betweens, N, D*R]: output of a layer, input of the next
 };
