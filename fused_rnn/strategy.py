@@ -33,7 +33,7 @@ class Plan(TypedDict):
     blocks: int  # of sequences, walked one after another through all of time
     pack_ih: str  # what is packed for the product with W_ih: "weights", "rows" of x, or "nothing"
     pack_hh: str
-    fetch_weights: bool  # whether packed weights are fetched ahead, because they leave L3
+    fetch_weights: bool  # where weights are packed: fetched ahead, because they leave L3
     chunk_steps: int  # steps whose input product is made at once
     possible: bool  # False where a forced split cannot run
     reason: str
@@ -86,17 +86,14 @@ def describe_schedule(persistent: Persistent, forced: str | None = None) -> str:
 def describe(plan: Plan) -> str:
     """The plan in a sentence: what was chosen and why, and why the others were not."""
     others = "".join(f"; not {split}: {why}" for split, why in plan["against"].items())
-    names = {
-        ("pack_ih", "weights"): "W_ih",
-        ("pack_ih", "rows"): "x",
-        ("pack_hh", "weights"): "W_hh",
-        ("pack_hh", "rows"): "h",
-    }
-    packed = [name for (which, what), name in names.items() if plan[which] == what]  # type: ignore[literal-required]
+    packing = plan["pack_ih"], plan["pack_hh"]
+    names = {"weights": "W_ih", "rows": "x"}, {"weights": "W_hh", "rows": "h"}
+    packed = [of[what] for of, what in zip(names, packing, strict=True) if what in of]
+    ahead = plan["fetch_weights"] and "weights" in packing
     return (
         f"{plan['split']}, {plan['threads']} thread{'s' * (plan['threads'] > 1)}: "
         f"{plan['reason']}{others} (packed: {' and '.join(packed) or 'nothing'}"
-        f"{', fetched ahead' * plan['fetch_weights']}; "
+        f"{', fetched ahead' * ahead}; "
         f"{plan['blocks']} block{'s' * (plan['blocks'] > 1)} of sequences, "
         f"{plan['chunk_steps']} step{'s' * (plan['chunk_steps'] > 1)} at once)"
     )

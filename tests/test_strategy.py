@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +155,24 @@ def test_rows_are_packed_where_weights_are_used_too_seldom() -> None:
     assert packing(1, 16, 256, proj=64) == ("rows", "weights")
     assert packing(1, 16, 512, weight_bytes=2) == ("nothing", "nothing")
     assert packing(1, 16, 256, backward=True) == ("nothing", "nothing")
+
+
+def test_what_is_packed_is_described() -> None:
+    assert "(packed: x and h; " in strategy.describe(plan(1, 16, 256))
+    assert "(packed: W_ih and W_hh; " in strategy.describe(plan(50, 8, 512, l3=32 * MIB))
+    text = strategy.describe(plan(50, 8, 512, l3=31 * MIB))
+    assert "(packed: W_ih and W_hh, fetched ahead; " in text
+    assert "(packed: nothing; " in strategy.describe(plan(1, 1, 1024, l3=MIB))
+
+
+def test_the_size_of_l3_is_what_the_kernel_says() -> None:
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if not size.exists():
+        pytest.skip("the kernel does not say")
+    share = int(size.read_text().strip().removesuffix("K")) * 1024 / 8
+    H = int((share / 16) ** 0.5)  # 4 gates of 4 bytes
+    assert not plan(50, 8, H)["fetch_weights"]
+    assert plan(50, 8, H + 1)["fetch_weights"]
 
 
 @pytest.mark.parametrize("T", [1, 2, 9, 70])
