@@ -315,11 +315,10 @@ class ForwardScan : Scan<ForwardProblem> {
                int64_t units, const W* packed, int64_t unit, int vectors, int panels, const A* bias,
                A* out, int64_t ldo) const {
     if (!packed) return dot<S>(rows, K, x, ldx, w, gates, units, unit, vectors, bias, out, ldo);
-    const int64_t width = int64_t(gates) * vectors * L;
     const W* panel = packed + unit * gates * packed_rows<W>(K);
     for_row_tiles<O, W>(rows, panels, gates * vectors,
                         [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-                          tile(K, x + m * ldx, ldx, panel, width, bias, 0, out + m * ldo, ldo);
+                          tile(K, x + m * ldx, ldx, panel, ahead_, bias, 0, out + m * ldo, ldo);
                         });
   }
 
