@@ -47,7 +47,6 @@ def strategy(
     backward: bool = False,
     busy: bool = False,
     l2: int = 0,
-    l3: int = 0,
     weight_bytes: int = 4,
 ) -> Plan: ...
 def busy() -> bool: ...

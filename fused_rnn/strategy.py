@@ -33,7 +33,7 @@ class Plan(TypedDict):
     blocks: int  # of sequences, walked one after another through all of time
     pack_ih: str  # what is packed for the product with W_ih: "weights", "rows" of x, or "nothing"
     pack_hh: str
-    fetch_weights: bool  # where weights are packed: fetched ahead, because they leave L3
+    fetch_weights: bool  # where weights are packed: fetched ahead, because they leave L2
     chunk_steps: int  # steps whose input product is made at once
     possible: bool  # False where a forced split cannot run
     reason: str

@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(T: int, B: int, H: int, **options: Any) -> Plan:
-    return _C.strategy("lstm", T, B, H, H, **{"threads": 2} | options)
+    return _C.strategy("lstm", T, B, H, H, **{"threads": 2, "l2": MIB // 2} | options)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +133,12 @@ def test_packing_looks_at_the_caches() -> None:
     # Few rows of a weight beyond L2 do not pay for the copy.
     assert packing(10, 2, 256, l2=2 * MIB)[1] == "weights"
     assert packing(10, 2, 256, l2=MIB // 2)[1] == "nothing"
-    # The 4 MiB of W_hh are an eighth of L3 in one case, and more in the other.
-    assert not plan(50, 8, 512, l3=32 * MIB)["fetch_weights"]
-    assert plan(50, 8, 512, l3=31 * MIB)["fetch_weights"]
-    assert plan(50, 8, 512, l3=31 * MIB, backward=True)["fetch_weights"]
+    # 8 MiB of weights fit L2 or do not; two threads that share them have half each.
+    assert not plan(50, 8, 512, l2=8 * MIB)["fetch_weights"]
+    assert plan(50, 8, 512, l2=8 * MIB - 1)["fetch_weights"]
+    assert plan(50, 8, 512, l2=8 * MIB - 1, backward=True)["fetch_weights"]
+    assert not plan(50, 4, 512, l2=4 * MIB)["fetch_weights"]
+    assert plan(50, 4, 512, l2=4 * MIB, threads=1)["fetch_weights"]
 
 
 def test_rows_are_packed_where_weights_are_used_too_seldom() -> None:
@@ -159,20 +160,10 @@ def test_rows_are_packed_where_weights_are_used_too_seldom() -> None:
 
 def test_what_is_packed_is_described() -> None:
     assert "(packed: x and h; " in strategy.describe(plan(1, 16, 256))
-    assert "(packed: W_ih and W_hh; " in strategy.describe(plan(50, 8, 512, l3=32 * MIB))
-    text = strategy.describe(plan(50, 8, 512, l3=31 * MIB))
+    assert "(packed: W_ih and W_hh; " in strategy.describe(plan(50, 8, 512, l2=8 * MIB))
+    text = strategy.describe(plan(50, 8, 512, l2=8 * MIB - 1))
     assert "(packed: W_ih and W_hh, fetched ahead; " in text
-    assert "(packed: nothing; " in strategy.describe(plan(1, 1, 1024, l3=MIB))
-
-
-def test_the_size_of_l3_is_what_the_kernel_says() -> None:
-    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    if not size.exists():
-        pytest.skip("the kernel does not say")
-    share = int(size.read_text().strip().removesuffix("K")) * 1024 / 8
-    H = int((share / 16) ** 0.5)  # 4 gates of 4 bytes
-    assert not plan(50, 8, H)["fetch_weights"]
-    assert plan(50, 8, H + 1)["fetch_weights"]
+    assert "(packed: nothing; " in strategy.describe(plan(1, 1, 1024, l2=MIB))
 
 
 @pytest.mark.parametrize("T", [1, 2, 9, 70])

@@ -187,7 +187,7 @@ size_t packed_bytes(const std::string& name, int64_t I, int64_t H, int64_t R, bo
 
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
                   int64_t layers, int64_t directions, int64_t rows, int threads, bool backward,
-                  bool busy, int64_t l2, int64_t l3, int64_t weight_bytes) {
+                  bool busy, int64_t l2, int64_t weight_bytes) {
   if (std::min({T, B, I, H, layers, directions, int64_t(threads)}) < 1)
     throw py::value_error("T, B, I, H, layers, directions and threads must be at least 1");
   Stack stack;
@@ -206,7 +206,6 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   cpu::Machine machine = cpu::this_machine(threads);
   machine.busy = busy;
   if (l2) machine.l2 = l2;
-  if (l3) machine.l3 = l3;
   const cpu::Plan plan =
       (backward ? cpu::plan_backward : cpu::plan_forward)(stack, cell_named(name).info, machine);
   py::dict against;
@@ -349,7 +348,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("strategy", &strategy, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::kw_only(), py::arg("proj") = 0, py::arg("layers") = 1,
         py::arg("directions") = 1, py::arg("rows") = 0, py::arg("threads") = 1,
-        py::arg("backward") = false, py::arg("busy") = false, py::arg("l2") = 0, py::arg("l3") = 0,
+        py::arg("backward") = false, py::arg("busy") = false, py::arg("l2") = 0,
         py::arg("weight_bytes") = 4);
   m.def("busy", [] { return cpu::pressure().high(cpu::now_ns()); });
   py::class_<cpu::Pressure>(m, "Pressure")

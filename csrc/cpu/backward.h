@@ -513,10 +513,10 @@ class BackwardScan : Scan<BackwardProblem> {
     const O* gates = dir.operand_h + chunk.row(t, member.rows.begin) * ldg_ + first_gates_ * Hp_;
     A* out = dir.d_operand + member.rows.begin * Hp_;
     const int64_t at_once = dir.packed_second ? rows : 0;
-    for_panels_at_once<A>(at_once, 1, member.units.begin, member.units.end,
-                          [&](int64_t column, int vectors, int panels) {
-                            times(rows, second_gates(), p_.H, p_.R, gates, ldg_,
-                                  second_hh(task.weights), dir.packed_second, column, vectors,
+    for_panels_at_once<A>(at_once, 1, member.units.begin, member.units.end, turn(t),
+                          [&](int64_t column, int vectors, int panels, int64_t next) {
+                            times(0, rows, second_gates(), p_.H, p_.R, gates, ldg_,
+                                  second_hh(task.weights), dir.packed_second, column, next, vectors,
                                   panels, nullptr, 0, out + column, Hp_);
                           });
     for (int64_t b = member.rows.begin; b < member.rows.begin + rows; ++b)
@@ -553,17 +553,19 @@ class BackwardScan : Scan<BackwardProblem> {
       operand = d_projected;
     }
     const int64_t at_once = dir.packed_hr ? end - begin : 0;
-    for_panels_at_once<A>(at_once, 1, 0, Hp_, [&](int64_t column, int vectors, int panels) {
-      times(end - begin, 1, p_.R, p_.H, operand, ld, task.weights.hr, dir.packed_hr, column,
-            vectors, panels, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
-    });
+    for_panels_at_once<A>(
+        at_once, 1, 0, Hp_, [&](int64_t column, int vectors, int panels, int64_t next) {
+          times(0, end - begin, 1, p_.R, p_.H, operand, ld, task.weights.hr, dir.packed_hr, column,
+                next, vectors, panels, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
+        });
   }
 
   // out[m, column...] = a[m, :] W + add for a panel of columns of W[gates*units, N], or two packed
-  // ones.
-  void times(int64_t rows, int64_t gates, int64_t units, int64_t N, const O* a, int64_t lda,
-             const void* w, const W* packed, int64_t column, int vectors, int panels, const A* add,
-             int64_t ld_add, A* out, int64_t ldo) const {
+  // ones. These are the rows from `first` on of those that meet the panel, before that of columns
+  // `next`.
+  void times(int64_t first, int64_t rows, int64_t gates, int64_t units, int64_t N, const O* a,
+             int64_t lda, const void* w, const W* packed, int64_t column, int64_t next, int vectors,
+             int panels, const A* add, int64_t ld_add, A* out, int64_t ldo) const {
     const int64_t padded = pad_units(units);
     if constexpr (!kRounds)
       if (!packed)
@@ -572,8 +574,8 @@ class BackwardScan : Scan<BackwardProblem> {
     const int64_t K = gates * padded;
     const W* panel = packed + column * packed_rows<W>(K);
     for_row_tiles<O, W>(rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-      tile(K, a + m * lda, lda, panel, ahead_, add ? add + m * ld_add : nullptr, ld_add,
-           out + m * ldo, ldo);
+      tile(K, a + m * lda, lda, panel, fetched<W>(column, next, 1, K, vectors, first + m),
+           add ? add + m * ld_add : nullptr, ld_add, out + m * ldo, ldo);
     });
   }
 
@@ -588,11 +590,12 @@ class BackwardScan : Scan<BackwardProblem> {
     const A* before = dir.h_mask ? nullptr : dh;
     const Range columns = units_of_h(member.units);
     const int64_t at_once = dir.packed_hh ? rows : 0;
-    for_panels_at_once<A>(
-        at_once, 1, columns.begin, columns.end, [&](int64_t column, int vectors, int panels) {
-          times(rows, first_gates_, p_.H, p_.R, gates, ldg_, task.weights.hh, dir.packed_hh, column,
-                vectors, panels, before ? before + column : nullptr, Rp_, out + column, Rp_);
-        });
+    for_panels_at_once<A>(at_once, 1, columns.begin, columns.end, turn(t),
+                          [&](int64_t column, int vectors, int panels, int64_t next) {
+                            times(0, rows, first_gates_, p_.H, p_.R, gates, ldg_, task.weights.hh,
+                                  dir.packed_hh, column, next, vectors, panels,
+                                  before ? before + column : nullptr, Rp_, out + column, Rp_);
+                          });
     const A* mask = dir.h_mask + member.rows.begin * Rp_;
     for (int64_t m = 0; dir.h_mask && m < rows; ++m)
       for (int64_t u = m * Rp_ + columns.begin; u < m * Rp_ + columns.end; u += L)
@@ -749,23 +752,23 @@ class BackwardScan : Scan<BackwardProblem> {
       const A* panels = right + slab * pad_units(N);
       const bool overwrite = chunk.is_first && slab == 0;
       for (int64_t g = 0; g < gates; ++g)
-        for_row_tiles<A, A, Left::kColumns, Right::kPanel>(
-            height, kMaxVectors, [&](int64_t m, int64_t tile_height, TileFunction<A>) {
-              const A* from = left + slab * ld_left + g * pad_units(units) + range.begin + m;
-              for (int64_t k = 0; k < count; ++k)
-                for (int i = 0; i < max_rows(kMaxVectors); i += L)  // else a call of memmove
-                  if (i < tile_height)
-                    store(columns + k * tile_height + i, load(from + k * ld_left + i));
-              accumulate(tile_height, count, columns, panels, N, overwrite,
-                         out + (g * units + range.begin + m) * N);
-            });
+        for_heights(height, kMaxRows, [&](int64_t first, int64_t copied) {
+          const A* from = left + slab * ld_left + g * pad_units(units) + range.begin + first;
+          for (int64_t k = 0; k < count; ++k)
+            for (int i = 0; i < kMaxRows; i += L)  // else a call of memmove
+              if (i < copied) store(columns + k * copied + i, load(from + k * ld_left + i));
+          for_heights(copied, max_rows(kMaxVectors), [&](int64_t m, int64_t tile_height) {
+            accumulate(tile_height, count, columns + m, copied, panels, N, overwrite,
+                       out + (g * units + range.begin + first + m) * N);
+          });
+        });
     }
   }
 
   // c[m, i] (+)= sum over k of columns[k, m] * right[k, i].
   template <class C>
-  static void accumulate(int64_t height, int64_t K, const A* columns, const A* right, int64_t N,
-                         bool overwrite, C* c) {
+  static void accumulate(int64_t height, int64_t K, const A* columns, int64_t ld_columns,
+                         const A* right, int64_t N, bool overwrite, C* c) {
     alignas(64) A edge[kMaxRows * kPanel];
     for_panels<A>(1, 0, pad_units(N), [&](int64_t column, int vectors) {
       const TileFunction<A> tile =
@@ -775,8 +778,8 @@ class BackwardScan : Scan<BackwardProblem> {
       const int64_t width = vectors * L < N - column ? vectors * L : N - column;
       if constexpr (std::is_same_v<C, A>)
         if (width == vectors * L)
-          return tile(K, columns, height, panel, 0, overwrite ? nullptr : to, N, to, N);
-      tile(K, columns, height, panel, 0, nullptr, 0, edge, kPanel);
+          return tile(K, columns, ld_columns, panel, 0, overwrite ? nullptr : to, N, to, N);
+      tile(K, columns, ld_columns, panel, 0, nullptr, 0, edge, kPanel);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t n = 0; n < width; n += L) {
           const int64_t valid = width - n;
@@ -826,25 +829,27 @@ class BackwardScan : Scan<BackwardProblem> {
     const Range part = part_of(chunk.rows(), 1, member.index, member.size);
     A* own = own_input_gradient(task);
     alignas(64) A tile_out[kMaxRows * kPanel];
-    for_panels<A>(1, 0, pad_units(task.I), [&](int64_t column, int vectors) {
-      int64_t t = chunk.first;
-      for (int64_t row = part.begin; row < part.end; row += kMaxRows) {
-        const int64_t height = part.end - row < kMaxRows ? part.end - row : kMaxRows;
-        times(height, G_, p_.H, task.I, dir.operand_x + row * ldg_, ldg_, task.weights.ih,
-              dir.packed_ih, column, vectors, 1, nullptr, 0, tile_out, kPanel);
-        for (int64_t i = 0; i < height; ++i) {
-          while (row + i >= chunk.offsets[t + 1 - chunk.first]) ++t;
-          const int64_t b = row + i - chunk.row(t, 0);
-          const A* from = tile_out + i * kPanel - column;
-          if (own)
-            store_row<A>(from, column, column + vectors * L, task.I,
-                         own + (steps_.offset(t) + b) * task.I);
-          else
-            store_row<S>(from, column, column + vectors * L, task.I,
-                         row_of<S>(p_.d_input, steps_, t, b));
-        }
-      }
-    });
+    for_panels_at_once<A>(
+        kMaxRows, 1, 0, pad_units(task.I), [&](int64_t column, int vectors, int, int64_t next) {
+          int64_t t = chunk.first;
+          for (int64_t row = part.begin; row < part.end; row += kMaxRows) {
+            const int64_t height = part.end - row < kMaxRows ? part.end - row : kMaxRows;
+            times(row - part.begin, height, G_, p_.H, task.I, dir.operand_x + row * ldg_, ldg_,
+                  task.weights.ih, dir.packed_ih, column, next, vectors, 1, nullptr, 0, tile_out,
+                  kPanel);
+            for (int64_t i = 0; i < height; ++i) {
+              while (row + i >= chunk.offsets[t + 1 - chunk.first]) ++t;
+              const int64_t b = row + i - chunk.row(t, 0);
+              const A* from = tile_out + i * kPanel - column;
+              if (own)
+                store_row<A>(from, column, column + vectors * L, task.I,
+                             own + (steps_.offset(t) + b) * task.I);
+              else
+                store_row<S>(from, column, column + vectors * L, task.I,
+                             row_of<S>(p_.d_input, steps_, t, b));
+            }
+          }
+        });
   }
 
   // The input's gradient is the sum of both directions'.

@@ -260,10 +260,10 @@ class ForwardScan : Scan<ForwardProblem> {
                              task.packed.bias_ih, gates);
     for_panels_at_once<A>(
         task.packed.ih ? rows : 0, G_, member.units.begin, member.units.end,
-        [&](int64_t unit, int vectors, int panels) {
+        [&](int64_t unit, int vectors, int panels, int64_t next) {
           const A* bias = info_.norm_gates ? kZeros : task.packed.bias_ih + unit * G_;
-          product(G_, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
-                  task.packed.ih, unit, vectors, panels, bias, gates + unit * G_, G_ * Hp_);
+          product(G_, 0, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
+                  task.packed.ih, unit, next, vectors, panels, bias, gates + unit * G_, G_ * Hp_);
         });
   }
 
@@ -310,15 +310,18 @@ class ForwardScan : Scan<ForwardProblem> {
     for (int64_t i = 0; i < n; i += L) store_partial(dst + i, load_partial(src + i, n - i), n - i);
   }
 
-  // out[m, panel] = x[m, :] W^T + bias for a panel of units, or two packed ones.
-  void product(int gates, int64_t rows, int64_t K, const O* x, int64_t ldx, const S* w,
-               int64_t units, const W* packed, int64_t unit, int vectors, int panels, const A* bias,
-               A* out, int64_t ldo) const {
+  // out[m, panel] = x[m, :] W^T + bias for a panel of units, or two packed ones. These are the rows
+  // from `first` on of those that meet the panel, before that of units `next`.
+  void product(int gates, int64_t first, int64_t rows, int64_t K, const O* x, int64_t ldx,
+               const S* w, int64_t units, const W* packed, int64_t unit, int64_t next, int vectors,
+               int panels, const A* bias, A* out, int64_t ldo) const {
     if (!packed) return dot<S>(rows, K, x, ldx, w, gates, units, unit, vectors, bias, out, ldo);
     const W* panel = packed + unit * gates * packed_rows<W>(K);
     for_row_tiles<O, W>(rows, panels, gates * vectors,
                         [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-                          tile(K, x + m * ldx, ldx, panel, ahead_, bias, 0, out + m * ldo, ldo);
+                          tile(K, x + m * ldx, ldx, panel,
+                               fetched<W>(unit, next, gates, K, gates * vectors, first + m), bias,
+                               0, out + m * ldo, ldo);
                         });
   }
 
@@ -438,12 +441,13 @@ class ForwardScan : Scan<ForwardProblem> {
           const int64_t highest = max_rows(r.gates * vectors);
           const int64_t width = int64_t(r.gates) * vectors * L;
           const int64_t most = panels_of_block(rows, highest, width);
-          for (int64_t p = 0; p < panels; p += most) {
-            const int n = int(panels - p < most ? panels - p : most);
+          for_each_in(turn(parity), (panels + most - 1) / most, [&](int64_t i, int64_t next) {
+            const int64_t p = i * most, left = panels - p;
             for_heights(rows, highest, [&](int64_t m, int64_t height) {
-              block(task, member, at, m, height, parity, which, unit + p * vectors * L, vectors, n);
+              block(task, member, at, m, height, parity, which, unit + p * vectors * L,
+                    unit + next * most * vectors * L, vectors, int(left < most ? left : most));
             });
-          }
+          });
         });
   }
 
@@ -465,7 +469,7 @@ class ForwardScan : Scan<ForwardProblem> {
 
   // Some rows and panels of it: the product, and while that is in L1, the cell.
   void block(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t m,
-             int64_t height, int64_t parity, int which, int64_t unit, int vectors,
+             int64_t height, int64_t parity, int which, int64_t unit, int64_t next, int vectors,
              int panels) const {
     const Direction& dir = *task.dir;
     const auto& r = task.packed.recurrent[which];
@@ -485,7 +489,9 @@ class ForwardScan : Scan<ForwardProblem> {
     }
     for (int p = 0, n; p < panels; p += n) {
       n = height == 1 && r.packed && p + 1 < panels ? 2 : 1;
-      product(r.gates, height, p_.R, a, lda, w, p_.H, r.packed, unit + p * vectors * L, vectors, n,
+      const int64_t at = unit + p * vectors * L;
+      product(r.gates, m, height, p_.R, a, lda, w, p_.H, r.packed, at,
+              p + n < panels ? at + n * vectors * L : next, vectors, n,
               info_.norm_gates ? kZeros : bias + p * width, out + p * width, ldo);
     }
     if (!info_.norm_gates)
@@ -569,21 +575,23 @@ class ForwardScan : Scan<ForwardProblem> {
   void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
     alignas(64) A projected[kMaxRows * kPanelWidth];
     const int64_t at_once = task.packed.hr ? rows : 0;
-    for_panels_at_once<A>(at_once, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels) {
-      for (int64_t m = 0; m < rows; m += kMaxRows) {
-        const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-        product(1, height, p_.H, at.own + m * Hp_, Hp_, static_cast<const S*>(task.weights.hr),
-                p_.R, task.packed.hr, unit, vectors, panels, kZeros, projected, vectors * L);
-        for (int64_t i = m; i < m + height; ++i)
-          for (int v = 0; v < panels * vectors; ++v) {
-            const int64_t u = unit + v * L;
-            Vector<A> h = load(projected + ((i - m) * vectors + v) * L);
-            if (at.zoned) h = zone_out(at, 0, i, u, p_.R - u, load(at.before + i * Rp_ + u), h);
-            h = emit_h(at, i, u, h);
-            if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);
+    for_panels_at_once<A>(
+        at_once, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels, int64_t next) {
+          for (int64_t m = 0; m < rows; m += kMaxRows) {
+            const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+            product(1, m, height, p_.H, at.own + m * Hp_, Hp_,
+                    static_cast<const S*>(task.weights.hr), p_.R, task.packed.hr, unit, next,
+                    vectors, panels, kZeros, projected, vectors * L);
+            for (int64_t i = m; i < m + height; ++i)
+              for (int v = 0; v < panels * vectors; ++v) {
+                const int64_t u = unit + v * L;
+                Vector<A> h = load(projected + ((i - m) * vectors + v) * L);
+                if (at.zoned) h = zone_out(at, 0, i, u, p_.R - u, load(at.before + i * Rp_ + u), h);
+                h = emit_h(at, i, u, h);
+                if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);
+              }
           }
-      }
-    });
+        });
   }
 
   void finish(const Task& task, const Member& member) {

@@ -44,13 +44,42 @@ int64_t column_of(int gates, int64_t begin, int64_t end, int64_t unit, int g) {
   return panel * gates + g * units + unit - panel;
 }
 
-// Calls body(first_unit, vectors, panels) for what a product of so many rows takes of them at once.
+// Which way a product goes through the panels. Steps that take turns find those in the caches that
+// the step before has used last, where all of them do not fit.
+enum class Way { kForth, kBack };
+constexpr Way turn(int64_t step) {
+  return step % 2 ? Way::kBack : Way::kForth;
+}
+
+// Calls body(index, next) for [0, count): in that order, or from the end. The last has itself for
+// next.
+template <class Body>
+FUSED_RNN_INLINE void for_each_in(Way way, int64_t count, Body body) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t after = i + 1 < count ? i + 1 : i;
+    way == Way::kForth ? body(i, after) : body(count - 1 - i, count - 1 - after);
+  }
+}
+
+// Calls body(first_unit, vectors, panels, next_unit) for what a product of so many rows takes of
+// them at once.
+template <class A, class Body>
+FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,
+                                         Way way, Body body) {
+  const int64_t one = panel_units<A>(gates), two = 2 * one;
+  const int64_t twos = rows == 1 ? (end - begin) / two : 0, singles = begin + twos * two;
+  const auto first_of = [&](int64_t i) {
+    return i < twos ? begin + i * two : singles + (i - twos) * one;
+  };
+  for_each_in(way, twos + (end - singles + one - 1) / one, [&](int64_t i, int64_t next) {
+    const int64_t unit = first_of(i), width = end - unit < one ? end - unit : one;
+    body(unit, int(width / kLanes<A>), i < twos ? 2 : 1, first_of(next));
+  });
+}
 template <class A, class Body>
 FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,
                                          Body body) {
-  const int64_t two = 2 * panel_units<A>(gates);
-  for (; rows == 1 && begin + two <= end; begin += two) body(begin, int(two / 2 / kLanes<A>), 2);
-  for_panels<A>(gates, begin, end, [&](int64_t unit, int vectors) { body(unit, vectors, 1); });
+  for_panels_at_once<A>(rows, gates, begin, end, Way::kForth, body);
 }
 
 // Vector `v` of a packed panel: where its first row stands, and how far the next.

@@ -34,7 +34,6 @@ class Scan {
         widest_(problem.layers > 1 && problem.dirs * problem.R > problem.I
                     ? problem.dirs * problem.R
                     : problem.I),
-        ahead_(plan.fetch_weights ? kFetchAhead : 0),
         part_rows_(largest_part(problem.steps, row_parts(int(team(0).size())))),
         everyone_(plan.threads),
         barriers_{Barrier(int(team(0).size())), Barrier(int(team(1).size()))} {}
@@ -170,6 +169,15 @@ class Scan {
 
   bool has_c() const { return info_.states > 1; }
 
+  // What a tile over the rows from m on of a packed panel fetches, where the panel of units `next`
+  // follows that of `unit`; `gates` are those that stand in a panel, `vectors` all of it.
+  template <class W>
+  int64_t fetched(int64_t unit, int64_t next, int gates, int64_t K, int vectors, int64_t m) const {
+    if (!plan_.fetch_weights) return 0;
+    const int64_t away = (next - unit) * gates * packed_rows<W>(K) * int64_t(sizeof(W));
+    return share_of_next<W>(away, K, vectors, m);
+  }
+
   // Calls body(first gate, count) for those that are normalised together.
   template <class Body>
   void each_norm(Body body) const {
@@ -190,7 +198,6 @@ class Scan {
   int64_t units_ = Hp_;      // of a member that has all of them
   const int64_t slots_;      // of saved
   const int64_t widest_;     // features that a layer takes
-  const int64_t ahead_;      // of a packed panel, for the tile
   const int64_t part_rows_;  // sequences of a member, at most
 
  private:

@@ -6,9 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
-#include <fstream>
-#include <string>
 
 namespace fused_rnn::cpu {
 namespace {
@@ -38,9 +35,6 @@ constexpr int64_t kRowsWorthPackingLarge = 48;
 constexpr int64_t kStepsWorthPacking = 16;
 // Steps that use W_hh too seldom for packing it, where there are rows enough to pack these.
 constexpr int64_t kStepsWithoutPacking = 4;
-// Cores that share L3. Packed weights that do not fit the share of one come from farther away than
-// the tile can look ahead (Zen 3, of 6 MB on).
-constexpr int64_t kCoresOfL3 = 8;
 // Rows of the input product made at once, and of the blocks a large batch is walked in: enough to
 // use W_ih well from L2, few enough for the gates to stay there.
 constexpr int64_t kForwardRows = 64;
@@ -195,7 +189,8 @@ void choose_packing(const Stack& s, const CellInfo& cell, const Machine& machine
   const int64_t column = s.weight_bytes * cell.gates * s.H;
   plan.pack_ih = worth_packing(column * s.input_size(s.layers - 1), s.steps.N, machine);
   plan.pack_hh = worth_packing(column * s.R, s.steps.N, machine);
-  plan.fetch_weights = column * s.R > machine.l3 / kCoresOfL3;
+  const int64_t members = plan.split == Split::kUnits ? plan.threads / s.dirs : 1;
+  plan.fetch_weights = column * (s.R + s.input_size(s.layers - 1)) / members > machine.l2;
 }
 
 // Whether so many rows are worth packing in place of weights: those of 16 bits cannot be, and few
@@ -219,24 +214,10 @@ int64_t wavefront_chunk(const Stack& s, const Plan& plan) {
 
 std::atomic<int> forced_split{-1};
 
-// Bytes of the data cache of a level, of the first core. The kernel's word comes first: what the
-// processor says to libc is the L3 of a whole socket on some (Zen), of which a core has a part.
-int64_t cache_size(int level, int name, int64_t otherwise) {
-  for (int index = 0; index < 8; ++index) {
-    const auto of_index = [&](const char* what) {
-      std::string word;
-      std::ifstream("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + what) >>
-          word;
-      return word;
-    };
-    if (of_index("/level") != std::to_string(level) || of_index("/type") == "Instruction") continue;
-    long long size = 0;
-    char unit = 'B';
-    if (sscanf(of_index("/size").c_str(), "%lld%c", &size, &unit) < 1 || size <= 0) break;
-    return size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
-  }
-  const long size = sysconf(name);
-  return size > 0 ? size : otherwise;
+// Bytes of a core's L2.
+int64_t l2_size() {
+  const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return size > 0 ? size : Machine{}.l2;
 }
 
 }  // namespace
@@ -244,9 +225,8 @@ int64_t cache_size(int level, int name, int64_t otherwise) {
 Machine this_machine(int threads) {
   static constexpr Split kAll[kSplits] = {Split::kNone, Split::kRows, Split::kUnits,
                                           Split::kLayers};
-  static const int64_t l2 = cache_size(2, _SC_LEVEL2_CACHE_SIZE, Machine{}.l2);
-  static const int64_t l3 = cache_size(3, _SC_LEVEL3_CACHE_SIZE, Machine{}.l3);
-  Machine machine{.threads = threads, .l2 = l2, .l3 = l3};
+  static const int64_t l2 = l2_size();
+  Machine machine{.threads = threads, .l2 = l2};
   if (const int forced = forced_split.load(std::memory_order_relaxed); forced >= 0) {
     machine.forced = &kAll[forced];
   } else {

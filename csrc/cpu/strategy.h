@@ -31,7 +31,6 @@ struct Machine {
   int threads = 1;
   bool busy = false;     // one thread, because other programs have the cores
   int64_t l2 = 1 << 20;  // bytes, of a core
-  int64_t l3 = 1 << 25;  // bytes, of all cores together
   // Where a member's units may begin: at its multiples. Frozen panels are shared as a whole.
   int64_t unit_step = kUnitPad;
   const Split* forced = nullptr;
@@ -49,7 +48,7 @@ struct Plan {
   int blocks = 1;  // of sequences, walked one after another through all of time
   Pack pack_ih = Pack::kNothing;
   Pack pack_hh = Pack::kNothing;
-  bool fetch_weights = false;  // ahead: a step reads more of them than a core's share of L3
+  bool fetch_weights = false;  // ahead, where they are packed: a core's L2 does not hold its own
   int64_t chunk_steps = 1;     // steps whose input product is made at once
   const char* reason = "";
   // Why the others were passed over, null for the chosen one.

@@ -30,9 +30,12 @@ constexpr int max_rows_at_once(int vectors) {
   return kStrip == 2 && vectors == 4 ? 3 : fitting_rows(vectors);
 }
 
-// The least rows of a tile that fetches weights ahead, and how far ahead.
+// The least rows of a tile that fetches other weights meanwhile.
 constexpr int kFetchingRows = 4;
-constexpr int64_t kFetchAhead = 4096;  // bytes
+constexpr int64_t kLine = 64;  // bytes, of the caches
+// Panels up to this are fetched as a whole, while the one before is multiplied; of larger ones the
+// lines a little ahead.
+constexpr int64_t kHeldPanel = 1 << 18, kFetchAhead = 4096;  // bytes
 
 // Where A[m, k] of the left operand stands.
 enum class Left {
@@ -43,7 +46,7 @@ enum class Left {
 // Where w[k, v] of the right operand stands.
 enum class Right {
   kPanel,  // packed: strips of kStrip vectors one after another, each [K, width]; ldw is how many
-           // bytes ahead the caches are told to fetch, 0 where they hold the weights
+           // bytes behind w the lines stand that are fetched meanwhile, 0: none
   kRows,   // w[k * ldw + v * L]: a matrix as it is
 };
 
@@ -54,8 +57,8 @@ enum class Right {
 // X is what `a` holds and W what w does: numbers of one type, or weights in their storage type,
 // which are then widened (or multiplied in pairs) where they are loaded.
 //
-// A high tile asks for the weights to come: it takes a line of them only every few cycles, too slow
-// for the processor to run far enough ahead by itself. Low tiles take lines so fast that it does.
+// A high tile has time to fetch a line for each row of a panel, and fetches what other tiles will
+// read: of a far cache the processor looks ahead too little by itself, and waits at every page.
 template <class X, class W, Left kLeft, Right kRight, int M, int NV, int kPanels = 1>
 void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Accumulate<X>* add,
           int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
@@ -92,12 +95,13 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
                              ? strips[v / NV][s] + row * width(s) + v % NV % kStrip * L
                              : w + v * L);
     };
-    const auto fetch = [&](int64_t row) __attribute__((always_inline)) {
-      if constexpr (kRight == Right::kPanel && M >= kFetchingRows)
-#pragma GCC unroll 4
-        for (int s = 0; s < kStrips; ++s)
-          __builtin_prefetch(reinterpret_cast<const char*>(strips[0][s] + row * width(s)) + ldw, 0,
-                             2);
+    const char* coming = reinterpret_cast<const char*>(w) + ldw;
+    const int64_t line = kRight == Right::kPanel && ldw ? kLine : 0;
+    const auto fetch = [&]() __attribute__((always_inline)) {
+      if constexpr (kRight == Right::kPanel && M >= kFetchingRows) {
+        __builtin_prefetch(coming, 0, 2);
+        coming += line;
+      }
     };
     // Multiplies what weights(v) and operands(m) give. What is fewer stands in registers.
     const auto multiply = [&](auto weights, auto operands) __attribute__((always_inline)) {
@@ -128,7 +132,7 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
       // No register is left for a mask, and GCC would spill sums: one part at a time.
       int64_t row = 0, part = 0;  // times L
       for (int64_t k = 0; k < K; ++k) {
-        fetch(row);
+        if (!part) fetch();
         multiply([&](int v)
                      __attribute__((always_inline)) { return part_at(weight(v, row), part); },
                  [&](int m) __attribute__((always_inline)) { return broadcast<1>(a + m * lda); });
@@ -139,7 +143,7 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
     } else {
       // The next row of w, of which the first `depth` rows of K are multiplied.
       const auto next_row = [&](auto depth) __attribute__((always_inline)) {
-        fetch(0);
+        fetch();
 #pragma GCC unroll 2
         for (int part = 0; part < kParts<X, depth()>; ++part)
           multiply(
@@ -222,6 +226,18 @@ FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int panels, int vectors, Body 
                                                 kTwoPanels<X, W, 3>, kTwoPanels<X, W, 4>};
   if (panels == 2) return body(0, 1, kTwo[vectors - 1]);
   for_row_tiles<X, W, Left::kRows, Right::kPanel>(rows, vectors, body);
+}
+
+// Where the lines stand, in bytes behind a packed panel, that its tile over the rows from m on
+// fetches: its share of the panel `next` bytes behind. 0 where that is 0, or all are fetched.
+template <class W>
+int64_t share_of_next(int64_t next, int64_t K, int vectors, int64_t m) {
+  const int64_t rows = packed_rows<W>(K), highest = max_rows(vectors);
+  const int64_t panel = rows * vectors * kLanes<Accumulate<W>> * int64_t(sizeof(W));
+  if (panel > kHeldPanel) return next ? kFetchAhead : 0;
+  const int64_t strips = (vectors + kStrip - 1) / kStrip;
+  const int64_t before = (m + highest - 1) / highest * rows * strips * kLine;
+  return next && before < panel ? next + before : 0;
 }
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

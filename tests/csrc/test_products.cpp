@@ -92,7 +92,7 @@ void forward_products(int64_t rows, int64_t K, int64_t H, int gates) {
     pack_transposed(w.data(), K, gates, H, K, unit, vectors,
                     packed.data() + unit * gates * packed_rows<W>(K));
   });
-  for_panels_at_once<A>(rows, gates, 0, Hp, [&](int64_t unit, int vectors, int panels) {
+  for_panels_at_once<A>(rows, gates, 0, Hp, [&](int64_t unit, int vectors, int panels, int64_t) {
     const W* panel = packed.data() + unit * gates * packed_rows<W>(K);
     for_row_tiles<O, W>(rows, panels, gates * vectors,
                         [&](int64_t m, int64_t, TileFunction<O, W> tile) {
@@ -132,12 +132,16 @@ void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
       pack_rows(w.data(), gates, H, Hp, N, row / Hp, row % Hp, column, vectors,
                 packed.data() + column * packed_rows<W>(K));
   });
-  for_panels_at_once<A>(rows, 1, 0, Np, [&](int64_t column, int vectors, int panels) {
-    for_row_tiles<O, W>(rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-      tile(K, d.data() + m * K, K, packed.data() + column * packed_rows<W>(K), kFetchAhead, nullptr,
-           0, out.data() + m * Np + column, Np);
-    });
-  });
+  for_panels_at_once<A>(
+      rows, 1, 0, Np, turn(rows), [&](int64_t column, int vectors, int panels, int64_t next) {
+        const int64_t away = (next - column) * packed_rows<W>(K) * int64_t(sizeof(W));
+        for_row_tiles<O, W>(
+            rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
+              tile(K, d.data() + m * K, K, packed.data() + column * packed_rows<W>(K),
+                   share_of_next<W>(away, K, vectors, m), nullptr, 0, out.data() + m * Np + column,
+                   Np);
+            });
+      });
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < Np; ++n) {
       double sum = 0;
