@@ -573,10 +573,8 @@ class BackwardScan : Scan<BackwardProblem> {
                           vectors, add, ld_add, out, ldo);
     const int64_t K = gates * padded;
     const W* panel = packed + column * packed_rows<W>(K);
-    for_row_tiles<O, W>(rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-      tile(K, a + m * lda, lda, panel, fetched<W>(column, next, 1, K, vectors, first + m),
-           add ? add + m * ld_add : nullptr, ld_add, out + m * ldo, ldo);
-    });
+    packed_product<O, W>(first, rows, K, a, lda, panel, fetched(packed, 1, K, column, next),
+                         vectors, panels, add, ld_add, out, ldo);
   }
 
   // dh += dgates W_hh for this member's units.
@@ -778,8 +776,8 @@ class BackwardScan : Scan<BackwardProblem> {
       const int64_t width = vectors * L < N - column ? vectors * L : N - column;
       if constexpr (std::is_same_v<C, A>)
         if (width == vectors * L)
-          return tile(K, columns, ld_columns, panel, 0, overwrite ? nullptr : to, N, to, N);
-      tile(K, columns, ld_columns, panel, 0, nullptr, 0, edge, kPanel);
+          return tile(K, columns, ld_columns, panel, 0, overwrite ? nullptr : to, N, to, N, false);
+      tile(K, columns, ld_columns, panel, 0, nullptr, 0, edge, kPanel, false);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t n = 0; n < width; n += L) {
           const int64_t valid = width - n;
@@ -828,12 +826,12 @@ class BackwardScan : Scan<BackwardProblem> {
     Direction& dir = *task.dir;
     const Range part = part_of(chunk.rows(), 1, member.index, member.size);
     A* own = own_input_gradient(task);
-    alignas(64) A tile_out[kMaxRows * kPanel];
+    alignas(64) A tile_out[kRowsOfPiece * kPanel];
     for_panels_at_once<A>(
-        kMaxRows, 1, 0, pad_units(task.I), [&](int64_t column, int vectors, int, int64_t next) {
+        kRowsOfPiece, 1, 0, pad_units(task.I), [&](int64_t column, int vectors, int, int64_t next) {
           int64_t t = chunk.first;
-          for (int64_t row = part.begin; row < part.end; row += kMaxRows) {
-            const int64_t height = part.end - row < kMaxRows ? part.end - row : kMaxRows;
+          for (int64_t row = part.begin; row < part.end; row += kRowsOfPiece) {
+            const int64_t height = part.end - row < kRowsOfPiece ? part.end - row : kRowsOfPiece;
             times(row - part.begin, height, G_, p_.H, task.I, dir.operand_x + row * ldg_, ldg_,
                   task.weights.ih, dir.packed_ih, column, next, vectors, 1, nullptr, 0, tile_out,
                   kPanel);

@@ -317,12 +317,8 @@ class ForwardScan : Scan<ForwardProblem> {
                int panels, const A* bias, A* out, int64_t ldo) const {
     if (!packed) return dot<S>(rows, K, x, ldx, w, gates, units, unit, vectors, bias, out, ldo);
     const W* panel = packed + unit * gates * packed_rows<W>(K);
-    for_row_tiles<O, W>(rows, panels, gates * vectors,
-                        [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-                          tile(K, x + m * ldx, ldx, panel,
-                               fetched<W>(unit, next, gates, K, gates * vectors, first + m), bias,
-                               0, out + m * ldo, ldo);
-                        });
+    packed_product<O, W>(first, rows, K, x, ldx, panel, fetched(packed, gates, K, unit, next),
+                         gates * vectors, panels, bias, 0, out, ldo);
   }
 
   static constexpr bool kPacksRows = std::is_same_v<S, A>;
@@ -441,22 +437,23 @@ class ForwardScan : Scan<ForwardProblem> {
           const int64_t highest = max_rows(r.gates * vectors);
           const int64_t width = int64_t(r.gates) * vectors * L;
           const int64_t most = panels_of_block(rows, highest, width);
-          for_each_in(turn(parity), (panels + most - 1) / most, [&](int64_t i, int64_t next) {
-            const int64_t p = i * most, left = panels - p;
-            for_heights(rows, highest, [&](int64_t m, int64_t height) {
-              block(task, member, at, m, height, parity, which, unit + p * vectors * L,
-                    unit + next * most * vectors * L, vectors, int(left < most ? left : most));
-            });
-          });
+          for_each_in(
+              turn(parity), quotient(panels + most - 1, most), [&](int64_t i, int64_t next) {
+                const int64_t p = i * most, left = panels - p;
+                for_heights(rows, highest, [&](int64_t m, int64_t height) {
+                  block(task, member, at, m, height, parity, which, unit + p * vectors * L,
+                        unit + next * most * vectors * L, vectors, int(left < most ? left : most));
+                });
+              });
         });
   }
 
   // How many panels are done together, for the cell to have much to do at once.
   int64_t panels_of_block(int64_t rows, int64_t highest, int64_t width) const {
     const int64_t height = rows < highest ? rows : highest;
-    int64_t panels = kProducts / (height * width * int64_t(sizeof(A)));
+    int64_t panels = quotient(kProducts, height * width * int64_t(sizeof(A)));
     if (rows > highest) {
-      const int64_t hot = kWeights / (packed_rows<W>(p_.R) * width * int64_t(sizeof(W)));
+      const int64_t hot = quotient(kWeights, packed_rows<W>(p_.R) * width * int64_t(sizeof(W)));
       panels = hot < panels ? hot : panels;
     }
     return panels > 1 ? panels - panels % 2 : 1;
@@ -487,13 +484,15 @@ class ForwardScan : Scan<ForwardProblem> {
       out = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
       ldo = G_ * Hp_;
     }
-    for (int p = 0, n; p < panels; p += n) {
-      n = height == 1 && r.packed && p + 1 < panels ? 2 : 1;
-      const int64_t at = unit + p * vectors * L;
-      product(r.gates, m, height, p_.R, a, lda, w, p_.H, r.packed, at,
-              p + n < panels ? at + n * vectors * L : next, vectors, n,
-              info_.norm_gates ? kZeros : bias + p * width, out + p * width, ldo);
-    }
+    const int at_once = height == 1 && r.packed ? 2 : 1;
+    for_each_in(
+        turn(parity), quotient(panels + at_once - 1, at_once), [&](int64_t i, int64_t after) {
+          const int64_t p = i * at_once;
+          const int n = panels - p < at_once ? 1 : at_once;
+          product(r.gates, m, height, p_.R, a, lda, w, p_.H, r.packed, unit + p * vectors * L,
+                  after == i ? next : unit + after * at_once * vectors * L, vectors, n,
+                  info_.norm_gates ? kZeros : bias + p * width, out + p * width, ldo);
+        });
     if (!info_.norm_gates)
       apply_cell(member, at, m, height, which, unit, vectors, panels, products, ldo);
   }

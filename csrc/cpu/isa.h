@@ -55,9 +55,9 @@ struct Isa {
   int math_count;
   Packing packing[4];  // [DType]
   // The product of the scans with nothing around it, for measuring the roof: out[rows, columns] =
-  // a[rows, K] w, with w packed and columns a multiple of 64.
-  void (*multiply)(int64_t rows, int64_t K, int64_t columns, const float* a, const float* w,
-                   float* out);
+  // a[rows, K] w, with w packed and columns a multiple of 64. Steps go through w forth and back.
+  void (*multiply)(int64_t step, int64_t rows, int64_t K, int64_t columns, const float* a,
+                   const float* w, float* out);
 };
 
 // Compiled sets, widest first.

@@ -29,7 +29,7 @@ FUSED_RNN_INLINE void for_panels(int gates, int64_t begin, int64_t end, Body bod
 // another.
 template <class A, class Body>
 FUSED_RNN_INLINE void for_equal_panels(int gates, int64_t begin, int64_t end, Body body) {
-  const int64_t width = panel_units<A>(gates), full = (end - begin) / width;
+  const int64_t width = panel_units<A>(gates), full = quotient(end - begin, width);
   if (full) body(begin, int(width / kLanes<A>), int(full));
   begin += full * width;
   if (begin < end) body(begin, int((end - begin) / kLanes<A>), 1);
@@ -67,11 +67,11 @@ template <class A, class Body>
 FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,
                                          Way way, Body body) {
   const int64_t one = panel_units<A>(gates), two = 2 * one;
-  const int64_t twos = rows == 1 ? (end - begin) / two : 0, singles = begin + twos * two;
+  const int64_t twos = rows == 1 ? quotient(end - begin, two) : 0, singles = begin + twos * two;
   const auto first_of = [&](int64_t i) {
     return i < twos ? begin + i * two : singles + (i - twos) * one;
   };
-  for_each_in(way, twos + (end - singles + one - 1) / one, [&](int64_t i, int64_t next) {
+  for_each_in(way, twos + quotient(end - singles + one - 1, one), [&](int64_t i, int64_t next) {
     const int64_t unit = first_of(i), width = end - unit < one ? end - unit : one;
     body(unit, int(width / kLanes<A>), i < twos ? 2 : 1, first_of(next));
   });
@@ -252,16 +252,15 @@ void dot_left(int64_t M, int64_t K, const A* a, const A* w, int gates, int64_t H
   for (int64_t first = begin; first < end; first += kUnits)
     for (int g = 0; g < gates; ++g) {
       const int64_t units = end - first < kUnits ? end - first : kUnits;
-      const int64_t valid = H - first < units ? H - first : units;
+      const int64_t valid = H <= first ? 0 : H - first < units ? H - first : units;
       const A* rows = w + (g * H + first) * K;
       for (int64_t m = 0; m < M; m += kStrip * L) {
         const int n = vectors_of_rows(M - m, L);
         for_heights(valid, kHighest, [&](int64_t row, int64_t height) {
           kTiles<A, A, Left::kRows, Right::kPanel>.at[n - 1][height - 1](
-              K, rows + row * K, K, a + m * K, 0, nullptr, 0, sums + row * n * L, n * L);
+              K, rows + row * K, K, a + m * K, 0, nullptr, 0, sums + row * n * L, n * L, false);
         });
-        for (int64_t i = (valid > 0 ? valid : 0) * n; i < units * n; ++i)
-          store(sums + i * L, Vector<A>{});
+        for (int64_t i = valid * n; i < units * n; ++i) store(sums + i * L, Vector<A>{});
         for (int64_t u = 0; u < units; u += L)
           for (int i = 0; i < n; ++i) {
             Vector<A> turned[L];
@@ -297,7 +296,7 @@ void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A*
       for_row_tiles<A, S, Left::kRows, Right::kRows>(
           M, whole, [&](int64_t m, int64_t, TileFunction<A, S> tile) {
             tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr,
-                 ld_before, out + m * ldo, ldo);
+                 ld_before, out + m * ldo, ldo, false);
           });
     for (int v = whole; v < vectors; ++v) {
       const int64_t valid = N - column - v * L;

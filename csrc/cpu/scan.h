@@ -169,13 +169,12 @@ class Scan {
 
   bool has_c() const { return info_.states > 1; }
 
-  // What a tile over the rows from m on of a packed panel fetches, where the panel of units `next`
-  // follows that of `unit`; `gates` are those that stand in a panel, `vectors` all of it.
+  // The panel that is fetched while that of `unit` is multiplied, of those with so many gates: that
+  // of the units `next`, or none.
   template <class W>
-  int64_t fetched(int64_t unit, int64_t next, int gates, int64_t K, int vectors, int64_t m) const {
-    if (!plan_.fetch_weights) return 0;
-    const int64_t away = (next - unit) * gates * packed_rows<W>(K) * int64_t(sizeof(W));
-    return share_of_next<W>(away, K, vectors, m);
+  const W* fetched(const W* packed, int gates, int64_t K, int64_t unit, int64_t next) const {
+    if (!plan_.fetch_weights || next == unit) return nullptr;
+    return packed + next * gates * packed_rows<W>(K);
   }
 
   // Calls body(first gate, count) for those that are normalised together.

@@ -7,6 +7,12 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
+// a / b of sizes far below 2^32, none negative: before Ice Lake, Intel's processors take up to 90
+// cycles to divide 64 bits, and 26 for 32.
+constexpr int64_t quotient(int64_t a, int64_t b) {
+  return uint32_t(a) / uint32_t(b);
+}
+
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 12;
 
@@ -33,9 +39,10 @@ constexpr int max_rows_at_once(int vectors) {
 // The least rows of a tile that fetches other weights meanwhile.
 constexpr int kFetchingRows = 4;
 constexpr int64_t kLine = 64;  // bytes, of the caches
-// Panels up to this are fetched as a whole, while the one before is multiplied; of larger ones the
-// lines a little ahead.
-constexpr int64_t kHeldPanel = 1 << 18, kFetchAhead = 4096;  // bytes
+// A piece of a strip that stays in L2 beside what is fetched meanwhile, and the rows that go
+// through it together.
+constexpr int64_t kHeldPiece = 1 << 17;  // bytes
+constexpr int64_t kRowsOfPiece = 4 * kMaxRows;
 
 // Where A[m, k] of the left operand stands.
 enum class Left {
@@ -52,7 +59,9 @@ enum class Right {
 
 // c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors. `add` may be null (zero),
 // have ld_add = 0 (a bias for every row), or be c itself (accumulate). It is added last: a long
-// accumulation in pieces then loses less than one that starts from a large sum.
+// accumulation in pieces then loses less than one that starts from a large sum. With `resume`, c
+// holds what the sums of w's rows before these came to: a product in pieces of K is then the bits
+// of the whole one.
 //
 // X is what `a` holds and W what w does: numbers of one type, or weights in their storage type,
 // which are then widened (or multiplied in pairs) where they are loaded.
@@ -61,7 +70,7 @@ enum class Right {
 // read: of a far cache the processor looks ahead too little by itself, and waits at every page.
 template <class X, class W, Left kLeft, Right kRight, int M, int NV, int kPanels = 1>
 void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Accumulate<X>* add,
-          int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
+          int64_t ld_add, Accumulate<X>* c, int64_t ldc, bool resume) {
   using A = Accumulate<X>;
   constexpr int L = kLanes<A>;
   static_assert(kDepth<W> == 1 || (kLeft == Left::kRows && kRight == Right::kPanel));
@@ -71,16 +80,17 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
     static_assert(NV == 2 * kStrip && kPanels == 1);
     constexpr int64_t width = kStrip * L;
     const int64_t second = kRight == Right::kPanel ? packed_rows<W>(K) * width : width;
-    tile<X, W, kLeft, kRight, M, kStrip>(K, a, lda, w, ldw, add, ld_add, c, ldc);
+    tile<X, W, kLeft, kRight, M, kStrip>(K, a, lda, w, ldw, add, ld_add, c, ldc, resume);
     tile<X, W, kLeft, kRight, M, kStrip>(K, a, lda, w + second, ldw, add ? add + width : nullptr,
-                                         ld_add, c + width, ldc);
+                                         ld_add, c + width, ldc, resume);
     return;
   } else {
     Vector<A> sum[M][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
+      for (int v = 0; v < kVectors; ++v)
+        sum[m][v] = resume ? load(c + m * ldc + v * L) : Vector<A>{};
     const W* strips[kPanels][kStrips];
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p)
@@ -173,7 +183,7 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
 
 template <class X, class W = X>
 using TileFunction = void (*)(int64_t, const X*, int64_t, const W*, int64_t, const Accumulate<X>*,
-                              int64_t, Accumulate<X>*, int64_t);
+                              int64_t, Accumulate<X>*, int64_t, bool);
 
 template <class X, class W, Left kLeft, Right kRight>
 struct TileTable {
@@ -203,8 +213,8 @@ inline constexpr TileTable<X, W, kLeft, kRight> kTiles{};
 // rows in pairs.
 template <class Body>
 FUSED_RNN_INLINE void for_heights(int64_t rows, int64_t highest, Body body) {
-  for (int64_t row = 0, left = (rows + highest - 1) / highest; left > 0; --left) {
-    int64_t height = (rows - row + left - 1) / left;
+  for (int64_t row = 0, left = quotient(rows + highest - 1, highest); left > 0; --left) {
+    int64_t height = left == 1 ? rows - row : quotient(rows - row + left - 1, left);
     if (height % 2 && height < highest && left > 1) ++height;
     body(row, height);
     row += height;
@@ -228,16 +238,59 @@ FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int panels, int vectors, Body 
   for_row_tiles<X, W, Left::kRows, Right::kPanel>(rows, vectors, body);
 }
 
-// Where the lines stand, in bytes behind a packed panel, that its tile over the rows from m on
-// fetches: its share of the panel `next` bytes behind. 0 where that is 0, or all are fetched.
+// What the tile over the rows from m on of a packed panel fetches, in bytes behind the panel: its
+// share of `next`, which is as large. 0 where that is null, or other tiles have fetched all of it.
 template <class W>
-int64_t share_of_next(int64_t next, int64_t K, int vectors, int64_t m) {
-  const int64_t rows = packed_rows<W>(K), highest = max_rows(vectors);
-  const int64_t panel = rows * vectors * kLanes<Accumulate<W>> * int64_t(sizeof(W));
-  if (panel > kHeldPanel) return next ? kFetchAhead : 0;
+int64_t share_of(const W* next, const W* panel, int64_t K, int vectors, int64_t m) {
+  if (!next) return 0;
+  const int64_t rows = packed_rows<W>(K);
+  const int64_t bytes = rows * vectors * kLanes<Accumulate<W>> * int64_t(sizeof(W));
   const int64_t strips = (vectors + kStrip - 1) / kStrip;
-  const int64_t before = (m + highest - 1) / highest * rows * strips * kLine;
-  return next && before < panel ? next + before : 0;
+  const int64_t tiles = quotient(m + max_rows(vectors) - 1, max_rows(vectors));
+  const int64_t before = tiles * rows * strips * kLine;
+  return before < bytes ? (next - panel) * int64_t(sizeof(W)) + before : 0;
+}
+
+// c[m, :] = a[m, :] w + add, for so many rows and a packed panel, or two of one row. They are the
+// rows from `first` on of those that meet the panel, before the panel `next` (null: nothing is
+// fetched). Of a large panel some rows go through piece by piece together, and find each in L2.
+template <class X, class W>
+void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t lda, const W* w,
+                    const W* next, int vectors, int panels, const Accumulate<X>* add,
+                    int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
+  using A = Accumulate<X>;
+  constexpr int64_t L = kLanes<A>;
+  constexpr int64_t kPiece = kHeldPiece / (kStrip * L * int64_t(sizeof(W)));  // rows of a strip
+  if (rows <= max_rows(vectors) || packed_rows<W>(K) <= kPiece)
+    return for_row_tiles<X, W>(
+        rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<X, W> tile) {
+          tile(K, a + m * lda, lda, w, share_of(next, w, K, vectors, first + m),
+               add ? add + m * ld_add : nullptr, ld_add, c + m * ldc, ldc, false);
+        });
+  alignas(64) A sums[kRowsOfPiece * kStrip * L];  // `add` may be c
+  for (int64_t begin = 0; begin < rows; begin += kRowsOfPiece) {
+    const int64_t count = rows - begin < kRowsOfPiece ? rows - begin : kRowsOfPiece;
+    const W* piece = w;
+    for (int v = 0; v < vectors; v += kStrip) {
+      const int width = vectors - v < kStrip ? vectors - v : kStrip;
+      for (int64_t k = 0; k < K; k += kPiece * kDepth<W>) {
+        const int64_t n = K - k < kPiece * kDepth<W> ? K - k : kPiece * kDepth<W>;
+        const W* const after = piece + packed_rows<W>(n) * width * L;
+        const W* const coming = k + n < K || v + width < vectors ? after : next;
+        for_row_tiles<X, W>(count, 1, width, [&](int64_t m, int64_t, TileFunction<X, W> tile) {
+          tile(n, a + (begin + m) * lda + k, lda, piece, share_of(coming, piece, n, width, m),
+               nullptr, 0, sums + m * width * L, width * L, k > 0);
+        });
+        piece = after;
+      }
+      for (int64_t m = 0; m < count; ++m)
+        for (int64_t i = 0; i < width * L; i += L) {
+          const Vector<A> sum = load(sums + m * width * L + i);
+          const int64_t row = begin + m, at = v * L + i;
+          store(c + row * ldc + at, add ? sum + load(add + row * ld_add + at) : sum);
+        }
+    }
+  }
 }
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA

@@ -11,7 +11,7 @@ Training is the three together: three times the flops of inference, and with one
 three times its bytes. The tile rate is that of the register tile on float32. Streamed is what a
 step must read whatever the number of sequences: W_hh at each of T steps, and W_ih as well when
 there is but one step; with more, W_ih x is one product for all of them. The stream rate is that of
-the cache level which holds what one step reads.
+the cache level which holds what one step reads, read forth and back in turn.
 
 A call's bound is the sum over layers and directions. Directions that run side by side, each on its
 part of the threads, take what they take one after the other, each on all of them: the rates are of

@@ -94,11 +94,8 @@ void forward_products(int64_t rows, int64_t K, int64_t H, int gates) {
   });
   for_panels_at_once<A>(rows, gates, 0, Hp, [&](int64_t unit, int vectors, int panels, int64_t) {
     const W* panel = packed.data() + unit * gates * packed_rows<W>(K);
-    for_row_tiles<O, W>(rows, panels, gates * vectors,
-                        [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-                          tile(K, x.data() + m * ldx, ldx, panel, 0, bias.data() + unit * gates, 0,
-                               out.data() + m * gates * Hp + unit * gates, gates * Hp);
-                        });
+    packed_product<O, W>(0, rows, K, x.data(), ldx, panel, nullptr, gates * vectors, panels,
+                         bias.data() + unit * gates, 0, out.data() + unit * gates, gates * Hp);
   });
   compare("packed");
   out.assign(out.size(), A(kNaN));
@@ -126,7 +123,7 @@ void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
   const std::vector<S> w = matrix<S>(gates * H, N, N);
   const std::vector<O> d = matrix<O>(rows, K, K);
   std::vector<W> packed(size_t(packed_rows<W>(K) * Np));
-  std::vector<A> out(size_t(rows * Np));
+  std::vector<A> out(size_t(rows * Np), A(3));  // added to
   for_panels<A>(1, 0, Np, [&](int64_t column, int vectors) {
     for (int64_t row = 0; row < gates * Hp; row += kRowsAtOnce)
       pack_rows(w.data(), gates, H, Hp, N, row / Hp, row % Hp, column, vectors,
@@ -134,17 +131,14 @@ void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
   });
   for_panels_at_once<A>(
       rows, 1, 0, Np, turn(rows), [&](int64_t column, int vectors, int panels, int64_t next) {
-        const int64_t away = (next - column) * packed_rows<W>(K) * int64_t(sizeof(W));
-        for_row_tiles<O, W>(
-            rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<O, W> tile) {
-              tile(K, d.data() + m * K, K, packed.data() + column * packed_rows<W>(K),
-                   share_of_next<W>(away, K, vectors, m), nullptr, 0, out.data() + m * Np + column,
-                   Np);
-            });
+        const W* const all = packed.data();
+        packed_product<O, W>(0, rows, K, d.data(), K, all + column * packed_rows<W>(K),
+                             all + next * packed_rows<W>(K), vectors, panels, out.data() + column,
+                             Np, out.data() + column, Np);
       });
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < Np; ++n) {
-      double sum = 0;
+      double sum = 3;
       for (int64_t k = 0; k < K; ++k)
         if (n < N && k % Hp < H)
           sum += read(d[size_t(m * K + k)]) * read(w[size_t((k / Hp * H + k % Hp) * N + n)]);
@@ -159,8 +153,10 @@ void test() {
   for (const int64_t rows : {1, 2, 3, 4, 5, 6, 9, 12, 14, 35})
     for (const int64_t K : {1, 2, 7, 33})
       for (const int gates : {1, 2, 3, 4}) forward_products<S>(rows, K, 71, gates);
+  forward_products<S>(16, 7, 65, 1);  // a last block of padding alone
   for (const int64_t rows : {1, 2, 7})
     for (const int64_t N : {5, 151}) backward_product<S>(rows, N, 19, 3);
+  backward_product<S>(59, 151, 1501, 3);  // in pieces of K
 }
 
 }  // namespace
