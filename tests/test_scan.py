@@ -118,6 +118,12 @@ def test_accuracy_of_every_size(cell: str, sizes: tuple[int, ...], dtype: torch.
     judge_scan(cell, *sizes, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_accuracy_of_many_units(dtype: torch.dtype) -> None:
+    """In backward, sums over K in pieces on every instruction set."""
+    judge_scan("lstm", 2, 14, 5, 515, dtype=dtype)
+
+
 def structures(thin: bool = False) -> list[dict[str, Any]]:
     """Every three of these choices; thin: every two, and every layout with one layer and many."""
     layouts = ({}, {"batch_first": True}, {"batch_sizes": RAGGED}, {"lengths": PADDED})

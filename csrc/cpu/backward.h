@@ -776,8 +776,8 @@ class BackwardScan : Scan<BackwardProblem> {
       const int64_t width = vectors * L < N - column ? vectors * L : N - column;
       if constexpr (std::is_same_v<C, A>)
         if (width == vectors * L)
-          return tile(K, columns, ld_columns, panel, 0, overwrite ? nullptr : to, N, to, N, false);
-      tile(K, columns, ld_columns, panel, 0, nullptr, 0, edge, kPanel, false);
+          return tile(K, columns, ld_columns, panel, 0, overwrite ? nullptr : to, N, to, N);
+      tile(K, columns, ld_columns, panel, 0, nullptr, 0, edge, kPanel);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t n = 0; n < width; n += L) {
           const int64_t valid = width - n;

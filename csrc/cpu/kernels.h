@@ -124,7 +124,7 @@ void multiply(int64_t step, int64_t rows, int64_t K, int64_t columns, const floa
         for_row_tiles<float, float>(rows, panels, vectors,
                                     [&](int64_t m, int64_t, TileFunction<float> tile) {
                                       tile(K, a + m * K, K, w + column * K, 0, nullptr, 0,
-                                           out + m * columns + column, columns, false);
+                                           out + m * columns + column, columns);
                                     });
       });
 }

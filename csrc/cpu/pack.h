@@ -257,8 +257,11 @@ void dot_left(int64_t M, int64_t K, const A* a, const A* w, int gates, int64_t H
       for (int64_t m = 0; m < M; m += kStrip * L) {
         const int n = vectors_of_rows(M - m, L);
         for_heights(valid, kHighest, [&](int64_t row, int64_t height) {
-          kTiles<A, A, Left::kRows, Right::kPanel>.at[n - 1][height - 1](
-              K, rows + row * K, K, a + m * K, 0, nullptr, 0, sums + row * n * L, n * L, false);
+          A* const to = sums + row * n * L;
+          for (int64_t k = 0; k < K; k += kPiece<A>)  // as packed_product does
+            kTiles<A, A, Left::kRows, Right::kPanel>.at[n - 1][height - 1](
+                Depth(k, K - k < kPiece<A> ? K - k : kPiece<A>, K), rows + row * K + k, K,
+                a + m * K, 0, k ? to : nullptr, n * L, to, n * L);
         });
         for (int64_t i = valid * n; i < units * n; ++i) store(sums + i * L, Vector<A>{});
         for (int64_t u = 0; u < units; u += L)
@@ -296,7 +299,7 @@ void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A*
       for_row_tiles<A, S, Left::kRows, Right::kRows>(
           M, whole, [&](int64_t m, int64_t, TileFunction<A, S> tile) {
             tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr,
-                 ld_before, out + m * ldo, ldo, false);
+                 ld_before, out + m * ldo, ldo);
           });
     for (int v = whole; v < vectors; ++v) {
       const int64_t valid = N - column - v * L;

@@ -1,6 +1,7 @@
-// The register tile: M rows x NV vectors of a matrix product held in registers over the whole of K.
-// All products with packed weights run through it, so the order of each sum is the order of K,
-// whatever the tile and the split among threads: results do not depend on the number of threads.
+// The register tile: M rows x NV vectors of a matrix product held in registers over all of K, or a
+// piece of it. All products with packed weights run through it in the same pieces, so the order of
+// each sum is that of K, whatever the tile and the split among threads: results do not depend on
+// the number of threads.
 #pragma once
 
 #include "simd.h"
@@ -39,10 +40,23 @@ constexpr int max_rows_at_once(int vectors) {
 // The least rows of a tile that fetches other weights meanwhile.
 constexpr int kFetchingRows = 4;
 constexpr int64_t kLine = 64;  // bytes, of the caches
-// A piece of a strip that stays in L2 beside what is fetched meanwhile, and the rows that go
-// through it together.
-constexpr int64_t kHeldPiece = 1 << 17;  // bytes
+// A product over many K is the sum of those over pieces of it, of so many bytes of a vector of
+// weights, and is made of so many rows at once: they find a piece in L2 beside what is fetched
+// meanwhile, and a sum of sums has less error than one of as many terms.
+constexpr int64_t kPieceBytes = 1 << 15;
 constexpr int64_t kRowsOfPiece = 4 * kMaxRows;
+template <class W>
+constexpr int64_t kPiece =
+    kPieceBytes / (kLanes<Accumulate<W>> * int64_t(sizeof(W))) * kDepth<W>;  // of K
+
+// The rows of K that a tile goes through, of those that a panel has.
+struct Depth {
+  int64_t count;
+  int64_t first = 0;
+  int64_t all;
+  Depth(int64_t K) : count(K), all(K) {}
+  Depth(int64_t first, int64_t count, int64_t K) : count(count), first(first), all(K) {}
+};
 
 // Where A[m, k] of the left operand stands.
 enum class Left {
@@ -59,9 +73,8 @@ enum class Right {
 
 // c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors. `add` may be null (zero),
 // have ld_add = 0 (a bias for every row), or be c itself (accumulate). It is added last: a long
-// accumulation in pieces then loses less than one that starts from a large sum. With `resume`, c
-// holds what the sums of w's rows before these came to: a product in pieces of K is then the bits
-// of the whole one.
+// accumulation in pieces then loses less than one that starts from a large sum. Where `depth` is a
+// piece of K, `a` begins with that, and w with the panel.
 //
 // X is what `a` holds and W what w does: numbers of one type, or weights in their storage type,
 // which are then widened (or multiplied in pairs) where they are loaded.
@@ -69,8 +82,8 @@ enum class Right {
 // A high tile has time to fetch a line for each row of a panel, and fetches what other tiles will
 // read: of a far cache the processor looks ahead too little by itself, and waits at every page.
 template <class X, class W, Left kLeft, Right kRight, int M, int NV, int kPanels = 1>
-void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Accumulate<X>* add,
-          int64_t ld_add, Accumulate<X>* c, int64_t ldc, bool resume) {
+void tile(Depth depth, const X* a, int64_t lda, const W* w, int64_t ldw, const Accumulate<X>* add,
+          int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
   using A = Accumulate<X>;
   constexpr int L = kLanes<A>;
   static_assert(kDepth<W> == 1 || (kLeft == Left::kRows && kRight == Right::kPanel));
@@ -79,25 +92,27 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
   if constexpr (M > max_rows_at_once(NV)) {
     static_assert(NV == 2 * kStrip && kPanels == 1);
     constexpr int64_t width = kStrip * L;
-    const int64_t second = kRight == Right::kPanel ? packed_rows<W>(K) * width : width;
-    tile<X, W, kLeft, kRight, M, kStrip>(K, a, lda, w, ldw, add, ld_add, c, ldc, resume);
-    tile<X, W, kLeft, kRight, M, kStrip>(K, a, lda, w + second, ldw, add ? add + width : nullptr,
-                                         ld_add, c + width, ldc, resume);
+    const int64_t second = kRight == Right::kPanel ? packed_rows<W>(depth.all) * width : width;
+    tile<X, W, kLeft, kRight, M, kStrip>(depth, a, lda, w, ldw, add, ld_add, c, ldc);
+    tile<X, W, kLeft, kRight, M, kStrip>(depth, a, lda, w + second, ldw,
+                                         add ? add + width : nullptr, ld_add, c + width, ldc);
     return;
   } else {
     Vector<A> sum[M][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v)
-        sum[m][v] = resume ? load(c + m * ldc + v * L) : Vector<A>{};
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
+    const auto width = [](int s) { return NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip; };
+    const int64_t K = depth.count;
     const W* strips[kPanels][kStrips];
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p)
 #pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
-        strips[p][s] = w + (p * NV + s * kStrip) * packed_rows<W>(K) * L;
-    const auto width = [](int s) { return NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip; };
+        strips[p][s] = w + ((p * NV + s * kStrip) * packed_rows<W>(depth.all) +
+                            width(s) * (depth.first / kDepth<W>)) *
+                               L;
     // Vector v of w, in a row of panels or of w itself that starts `row` vectors behind.
     const auto weight = [&](int v, int64_t row) __attribute__((always_inline)) {
       const int s = v % NV / kStrip;
@@ -105,7 +120,7 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
                              ? strips[v / NV][s] + row * width(s) + v % NV % kStrip * L
                              : w + v * L);
     };
-    const char* coming = reinterpret_cast<const char*>(w) + ldw;
+    const char* coming = reinterpret_cast<const char*>(strips[0][0]) + ldw;
     const int64_t line = kRight == Right::kPanel && ldw ? kLine : 0;
     const auto fetch = [&]() __attribute__((always_inline)) {
       if constexpr (kRight == Right::kPanel && M >= kFetchingRows) {
@@ -151,23 +166,23 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
         ++a;
       }
     } else {
-      // The next row of w, of which the first `depth` rows of K are multiplied.
-      const auto next_row = [&](auto depth) __attribute__((always_inline)) {
+      // The next row of w, of which the first n rows of K are multiplied.
+      const auto next_row = [&](auto n) __attribute__((always_inline)) {
         fetch();
 #pragma GCC unroll 2
-        for (int part = 0; part < kParts<X, depth()>; ++part)
+        for (int part = 0; part < kParts<X, n()>; ++part)
           multiply(
               [&](int v)
                   __attribute__((always_inline)) { return weights_of_part<X>(weight(v, 0), part); },
               [&](int m) __attribute__((always_inline)) {
-                return broadcast<depth()>(kLeft == Left::kRows ? a + m * lda + part : a + m);
+                return broadcast<n()>(kLeft == Left::kRows ? a + m * lda + part : a + m);
               });
 #pragma GCC unroll 2
         for (int p = 0; p < kPanels; ++p)
 #pragma GCC unroll 4
           for (int s = 0; s < kStrips; ++s) strips[p][s] += width(s) * L;
         if constexpr (kRight == Right::kRows) w += ldw;
-        a += kLeft == Left::kRows ? depth() : lda;
+        a += kLeft == Left::kRows ? n() : lda;
       };
       for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
         next_row(std::integral_constant<int, kDepth<W>>{});
@@ -182,8 +197,8 @@ void tile(int64_t K, const X* a, int64_t lda, const W* w, int64_t ldw, const Acc
 }
 
 template <class X, class W = X>
-using TileFunction = void (*)(int64_t, const X*, int64_t, const W*, int64_t, const Accumulate<X>*,
-                              int64_t, Accumulate<X>*, int64_t, bool);
+using TileFunction = void (*)(Depth, const X*, int64_t, const W*, int64_t, const Accumulate<X>*,
+                              int64_t, Accumulate<X>*, int64_t);
 
 template <class X, class W, Left kLeft, Right kRight>
 struct TileTable {
@@ -238,58 +253,62 @@ FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int panels, int vectors, Body 
   for_row_tiles<X, W, Left::kRows, Right::kPanel>(rows, vectors, body);
 }
 
-// What the tile over the rows from m on of a packed panel fetches, in bytes behind the panel: its
-// share of `next`, which is as large. 0 where that is null, or other tiles have fetched all of it.
+// What the tile over the rows from m on fetches of that which stands `next` bytes behind its own
+// weights, and is as large: its share. 0 where that is 0, or other tiles have fetched all of it.
 template <class W>
-int64_t share_of(const W* next, const W* panel, int64_t K, int vectors, int64_t m) {
+int64_t share_of(int64_t next, int64_t K, int vectors, int64_t m) {
   if (!next) return 0;
   const int64_t rows = packed_rows<W>(K);
   const int64_t bytes = rows * vectors * kLanes<Accumulate<W>> * int64_t(sizeof(W));
   const int64_t strips = (vectors + kStrip - 1) / kStrip;
   const int64_t tiles = quotient(m + max_rows(vectors) - 1, max_rows(vectors));
   const int64_t before = tiles * rows * strips * kLine;
-  return before < bytes ? (next - panel) * int64_t(sizeof(W)) + before : 0;
+  return before < bytes ? next + before : 0;
 }
 
 // c[m, :] = a[m, :] w + add, for so many rows and a packed panel, or two of one row. They are the
 // rows from `first` on of those that meet the panel, before the panel `next` (null: nothing is
-// fetched). Of a large panel some rows go through piece by piece together, and find each in L2.
+// fetched).
 template <class X, class W>
 void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t lda, const W* w,
                     const W* next, int vectors, int panels, const Accumulate<X>* add,
                     int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
   using A = Accumulate<X>;
   constexpr int64_t L = kLanes<A>;
-  constexpr int64_t kPiece = kHeldPiece / (kStrip * L * int64_t(sizeof(W)));  // rows of a strip
-  if (rows <= max_rows(vectors) || packed_rows<W>(K) <= kPiece)
+  const int64_t away = next ? (next - w) * int64_t(sizeof(W)) : 0;
+  if (K <= kPiece<W>)
     return for_row_tiles<X, W>(
         rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<X, W> tile) {
-          tile(K, a + m * lda, lda, w, share_of(next, w, K, vectors, first + m),
-               add ? add + m * ld_add : nullptr, ld_add, c + m * ldc, ldc, false);
+          tile(K, a + m * lda, lda, w, share_of<W>(away, K, vectors, first + m),
+               add ? add + m * ld_add : nullptr, ld_add, c + m * ldc, ldc);
         });
-  alignas(64) A sums[kRowsOfPiece * kStrip * L];  // `add` may be c
+  alignas(64) A sums[kRowsOfPiece * kMaxVectors * L];  // not in c, which may be `add`
+  const int64_t width = panels * vectors * L;
+  const bool one_tile = rows <= max_rows(vectors);
   for (int64_t begin = 0; begin < rows; begin += kRowsOfPiece) {
     const int64_t count = rows - begin < kRowsOfPiece ? rows - begin : kRowsOfPiece;
-    const W* piece = w;
-    for (int v = 0; v < vectors; v += kStrip) {
-      const int width = vectors - v < kStrip ? vectors - v : kStrip;
-      for (int64_t k = 0; k < K; k += kPiece * kDepth<W>) {
-        const int64_t n = K - k < kPiece * kDepth<W> ? K - k : kPiece * kDepth<W>;
-        const W* const after = piece + packed_rows<W>(n) * width * L;
-        const W* const coming = k + n < K || v + width < vectors ? after : next;
-        for_row_tiles<X, W>(count, 1, width, [&](int64_t m, int64_t, TileFunction<X, W> tile) {
-          tile(n, a + (begin + m) * lda + k, lda, piece, share_of(coming, piece, n, width, m),
-               nullptr, 0, sums + m * width * L, width * L, k > 0);
-        });
-        piece = after;
-      }
-      for (int64_t m = 0; m < count; ++m)
-        for (int64_t i = 0; i < width * L; i += L) {
-          const Vector<A> sum = load(sums + m * width * L + i);
-          const int64_t row = begin + m, at = v * L + i;
-          store(c + row * ldc + at, add ? sum + load(add + row * ld_add + at) : sum);
-        }
+    for (int64_t k = 0; k < K; k += kPiece<W>) {
+      const Depth piece(k, K - k < kPiece<W> ? K - k : kPiece<W>, K);
+      // Many rows wait for the next piece, which stands behind this one. One tile is followed by
+      // others over the same pieces, and then by the next panel.
+      constexpr int64_t kRow = kStrip * L * int64_t(sizeof(W));
+      const int64_t behind = k + piece.count < K ? packed_rows<W>(piece.count) * kRow
+                             : away              ? away - packed_rows<W>(k) * kRow
+                                                 : 0;
+      const int64_t coming = one_tile ? away : behind;
+      for_row_tiles<X, W>(count, panels, vectors, [&](int64_t m, int64_t, TileFunction<X, W> tile) {
+        A* const to = sums + m * width;
+        tile(piece, a + (begin + m) * lda + k, lda, w,
+             share_of<W>(coming, piece.count, vectors, one_tile ? first : m), k ? to : nullptr,
+             width, to, width);
+      });
     }
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t i = 0; i < width; i += L) {
+        const Vector<A> sum = load(sums + m * width + i);
+        const int64_t row = begin + m;
+        store(c + row * ldc + i, add ? sum + load(add + row * ld_add + i) : sum);
+      }
   }
 }
 

@@ -154,6 +154,7 @@ void test() {
     for (const int64_t K : {1, 2, 7, 33})
       for (const int gates : {1, 2, 3, 4}) forward_products<S>(rows, K, 71, gates);
   forward_products<S>(16, 7, 65, 1);  // a last block of padding alone
+  for (const int64_t rows : {1, 16}) forward_products<S>(rows, 2100, 35, 3);  // in pieces of K
   for (const int64_t rows : {1, 2, 7})
     for (const int64_t N : {5, 151}) backward_product<S>(rows, N, 19, 3);
   backward_product<S>(59, 151, 1501, 3);  // in pieces of K
