@@ -67,7 +67,7 @@ enum class Left {
 // Where w[k, v] of the right operand stands.
 enum class Right {
   kPanel,  // packed: strips of kStrip vectors one after another, each [K, width]; ldw is how many
-           // bytes behind w the lines stand that are fetched meanwhile, 0: none
+           // bytes behind its own first row the lines stand that a tile fetches, 0: none
   kRows,   // w[k * ldw + v * L]: a matrix as it is
 };
 
