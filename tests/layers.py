@@ -85,7 +85,7 @@ def judged_steps(kind: str, T: int) -> int:
     A step through the norm of a projected state multiplies them by about three: after seven of
     them one draw decides a pool.
     """
-    return min(T, 3) if kind == "LNP" else T
+    return min(T, 2) if kind == "LNP" else T
 
 
 def has_deciding_kink(layer: nn.RNNBase) -> bool:

@@ -395,7 +395,7 @@ def test_no_gradient_crosses_a_reset(kind: str) -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_dropout_draws_the_masks_of_torch(kind: str, controlled: str, batch_first: bool) -> None:
     """Against layers one by one, torch.nn's where it has them, with F.dropout between them."""
-    options = {"bidirectional": True, "batch_first": batch_first}
+    options = {"bidirectional": True, "batch_first": batch_first, "dtype": precise(kind)}
     ours = make(fused_rnn, kind, I, H, 2, dropout=0.4, **options)
     (input, hx), mask = question(ours), resets(ours)
     lengths = LENGTHS if controlled != "reset" else (T,) * B
