@@ -73,6 +73,7 @@ def test_products(products: str, tmp_path: Path) -> None:
         pytest.skip(f"{isa} is more than this machine or ATEN_CPU_CAPABILITY has, {_C.isa()}")
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     quick = ["-O1" if flag == "-O3" else flag for flag in FLAGS]
+    # Of g++ 12 about its own headers, without optimisation.
     quick += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", f"-I{ROOT / 'csrc'}"]
     binary = tmp_path / "test_products"
     run(*compiler, *quick, *flags, CSRC / "test_products.cpp", "-o", binary)
