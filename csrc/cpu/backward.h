@@ -827,6 +827,7 @@ class BackwardScan : Scan<BackwardProblem> {
     const Range part = part_of(chunk.rows(), 1, member.index, member.size);
     A* own = own_input_gradient(task);
     alignas(64) A tile_out[kRowsOfPiece * kPanel];
+    // As for many rows: one panel at a time.
     for_panels_at_once<A>(
         kRowsOfPiece, 1, 0, pad_units(task.I), [&](int64_t column, int vectors, int, int64_t next) {
           int64_t t = chunk.first;

@@ -121,11 +121,8 @@ void multiply(int64_t step, int64_t rows, int64_t K, int64_t columns, const floa
               const float* w, float* out) {
   for_panels_at_once<float>(
       rows, 1, 0, columns, turn(step), [&](int64_t column, int vectors, int panels, int64_t) {
-        for_row_tiles<float, float>(rows, panels, vectors,
-                                    [&](int64_t m, int64_t, TileFunction<float> tile) {
-                                      tile(K, a + m * K, K, w + column * K, 0, nullptr, 0,
-                                           out + m * columns + column, columns);
-                                    });
+        packed_product<float, float>(0, rows, K, a, K, w + column * K, nullptr, vectors, panels,
+                                     nullptr, 0, out + column, columns);
       });
 }
 

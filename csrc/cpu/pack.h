@@ -258,10 +258,11 @@ void dot_left(int64_t M, int64_t K, const A* a, const A* w, int gates, int64_t H
         const int n = vectors_of_rows(M - m, L);
         for_heights(valid, kHighest, [&](int64_t row, int64_t height) {
           A* const to = sums + row * n * L;
-          for (int64_t k = 0; k < K; k += kPiece<A>)  // as packed_product does
+          for_pieces<A>(K, [&](Depth piece) {
             kTiles<A, A, Left::kRows, Right::kPanel>.at[n - 1][height - 1](
-                Depth(k, K - k < kPiece<A> ? K - k : kPiece<A>, K), rows + row * K + k, K,
-                a + m * K, 0, k ? to : nullptr, n * L, to, n * L);
+                piece, rows + row * K + piece.first, K, a + m * K, 0, piece.first ? to : nullptr,
+                n * L, to, n * L);
+          });
         });
         for (int64_t i = valid * n; i < units * n; ++i) store(sums + i * L, Vector<A>{});
         for (int64_t u = 0; u < units; u += L)

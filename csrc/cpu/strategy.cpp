@@ -189,7 +189,7 @@ void choose_packing(const Stack& s, const CellInfo& cell, const Machine& machine
   const int64_t column = s.weight_bytes * cell.gates * s.H;
   plan.pack_ih = worth_packing(column * s.input_size(s.layers - 1), s.steps.N, machine);
   plan.pack_hh = worth_packing(column * s.R, s.steps.N, machine);
-  const int64_t members = plan.split == Split::kUnits ? plan.threads / s.dirs : 1;
+  const int64_t members = plan.split == Split::kUnits ? team_of(plan.threads, s.dirs, 0).size() : 1;
   plan.fetch_weights = column * (s.R + s.input_size(s.layers - 1)) / members > machine.l2;
 }
 

@@ -40,6 +40,7 @@ constexpr int max_rows_at_once(int vectors) {
 // The least rows of a tile that fetches other weights meanwhile.
 constexpr int kFetchingRows = 4;
 constexpr int64_t kLine = 64;  // bytes, of the caches
+
 // A product over many K is the sum of those over pieces of it, of so many bytes of a vector of
 // weights, and is made of so many rows at once: they find a piece in L2 beside what is fetched
 // meanwhile, and a sum of sums has less error than one of as many terms.
@@ -57,6 +58,13 @@ struct Depth {
   Depth(int64_t K) : count(K), all(K) {}
   Depth(int64_t first, int64_t count, int64_t K) : count(count), first(first), all(K) {}
 };
+
+// Calls body(piece) for the pieces of K in which a product with W is made, in order.
+template <class W, class Body>
+FUSED_RNN_INLINE void for_pieces(int64_t K, Body body) {
+  for (int64_t k = 0; k < K; k += kPiece<W>)
+    body(Depth(k, K - k < kPiece<W> ? K - k : kPiece<W>, K));
+}
 
 // Where A[m, k] of the left operand stands.
 enum class Left {
@@ -260,7 +268,8 @@ int64_t share_of(int64_t next, int64_t K, int vectors, int64_t m) {
   if (!next) return 0;
   const int64_t rows = packed_rows<W>(K);
   const int64_t bytes = rows * vectors * kLanes<Accumulate<W>> * int64_t(sizeof(W));
-  const int64_t strips = (vectors + kStrip - 1) / kStrip;
+  // A tall tile goes through two strips, and fetches with each.
+  const int64_t strips = max_rows(vectors) > max_rows_at_once(vectors) ? 2 : 1;
   const int64_t tiles = quotient(m + max_rows(vectors) - 1, max_rows(vectors));
   const int64_t before = tiles * rows * strips * kLine;
   return before < bytes ? next + before : 0;
@@ -287,8 +296,8 @@ void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t 
   const bool one_tile = rows <= max_rows(vectors);
   for (int64_t begin = 0; begin < rows; begin += kRowsOfPiece) {
     const int64_t count = rows - begin < kRowsOfPiece ? rows - begin : kRowsOfPiece;
-    for (int64_t k = 0; k < K; k += kPiece<W>) {
-      const Depth piece(k, K - k < kPiece<W> ? K - k : kPiece<W>, K);
+    for_pieces<W>(K, [&](Depth piece) {
+      const int64_t k = piece.first;
       // Many rows wait for the next piece, which stands behind this one. One tile is followed by
       // others over the same pieces, and then by the next panel.
       constexpr int64_t kRow = kStrip * L * int64_t(sizeof(W));
@@ -302,7 +311,7 @@ void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t 
              share_of<W>(coming, piece.count, vectors, one_tile ? first : m), k ? to : nullptr,
              width, to, width);
       });
-    }
+    });
     for (int64_t m = 0; m < count; ++m)
       for (int64_t i = 0; i < width; i += L) {
         const Vector<A> sum = load(sums + m * width + i);

@@ -148,8 +148,33 @@ void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
     }
 }
 
+// Tiles enough over a panel fetch all lines of the next, and none of them much beyond it.
+template <class S>
+void fetched_lines(int vectors) {
+  using W = Packed<S>;
+  const int64_t K = 64, rows = 12 * max_rows(vectors), next = 1 << 20;
+  const int64_t bytes = packed_rows<W>(K) * vectors * kLanes<Accumulate<S>> * int64_t(sizeof(W));
+  std::vector<bool> fetched(size_t(bytes / kLine));
+  const auto fetch = [&](int64_t from) {
+    for (int64_t line = from / kLine; line < from / kLine + packed_rows<W>(K); ++line)
+      if (line < int64_t(fetched.size())) fetched[size_t(line)] = true;
+  };
+  for_heights(rows, max_rows(vectors), [&](int64_t m, int64_t height) {
+    const int64_t share = share_of<W>(next, K, vectors, m);
+    check::that(share == 0 || (share >= next && share < next + bytes), "row %ld fetches at %ld",
+                long(m), long(share - next));
+    if (share && height >= kFetchingRows) fetch(share - next);
+    if (share && height > max_rows_at_once(vectors)) fetch(share - next + bytes / 2);
+  });
+  for (size_t line = 0; line < fetched.size(); ++line)
+    check::that(fetched[line], "%s, %d vectors: line %ld of %ld is not fetched", Name<S>::k,
+                vectors, long(line), long(fetched.size()));
+  check::that(share_of<W>(0, K, vectors, 0) == 0, "nothing follows, and is fetched");
+}
+
 template <class S>
 void test() {
+  for (int vectors = 1; vectors <= kMaxVectors; ++vectors) fetched_lines<S>(vectors);
   for (const int64_t rows : {1, 2, 3, 4, 5, 6, 9, 12, 14, 35})
     for (const int64_t K : {1, 2, 7, 33})
       for (const int gates : {1, 2, 3, 4}) forward_products<S>(rows, K, 71, gates);
