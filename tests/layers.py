@@ -82,10 +82,10 @@ def precise(kind: str) -> torch.dtype:
 def judged_steps(kind: str, T: int) -> int:
     """Of T steps those after which errors are still those of the arithmetic.
 
-    A step through the norm of a projected state multiplies them by about three: after three of
-    them one draw may decide a pool.
+    A step through the norm of a projected state multiplies them by about three: after seven of
+    them one draw decides a pool.
     """
-    return min(T, 2) if kind == "LNP" else T
+    return min(T, 3) if kind == "LNP" else T
 
 
 def has_deciding_kink(layer: nn.RNNBase) -> bool:

@@ -299,6 +299,10 @@ def test_accuracy(kind: str, form: str, dtype: torch.dtype) -> None:
         pytest.skip("the reference is the oracle itself, whose every rounding a norm makes much of")
     options = {"bidirectional": True, "batch_first": form == "batch_first", "dtype": dtype}
     layer = make(fused_rnn, kind, I, H, 2, **options)
+    with torch.no_grad():  # gains below one: see scans.make_arguments
+        for name, weight in layer.named_parameters():
+            if name.startswith("norm"):
+                weight.mul_(0.5)
     kink = kind == "INDRNN" and dtype.itemsize == 2
     if kink:  # no rounding decides its side: see layers.has_deciding_kink
         with torch.no_grad():
