@@ -14,6 +14,13 @@ constexpr int64_t quotient(int64_t a, int64_t b) {
   return uint32_t(a) / uint32_t(b);
 }
 
+// A pointer of which the compiler does not know where it comes from.
+template <class T>
+FUSED_RNN_INLINE T* opaque(T* pointer) {
+  asm("" : "+r"(pointer));
+  return pointer;
+}
+
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 12;
 
@@ -196,11 +203,18 @@ void tile(Depth depth, const X* a, int64_t lda, const W* w, int64_t ldw, const A
         next_row(std::integral_constant<int, kDepth<W>>{});
       if (kDepth<W> > 1 && K % kDepth<W>) next_row(std::integral_constant<int, 1>{});
     }
+    // From row to row: g++ would make all addresses beforehand, and keep them in memory.
+    const auto write = [&](auto added) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v)
-        store(c + m * ldc + v * L, add ? sum[m][v] + load(add + m * ld_add + v * L) : sum[m][v]);
+        for (int v = 0; v < kVectors; ++v)
+          store(c + v * L, added ? sum[m][v] + load(add + v * L) : sum[m][v]);
+        c = opaque(c + ldc);
+        if (added) add = opaque(add + ld_add);
+      }
+    };
+    add ? write(std::true_type{}) : write(std::false_type{});
   }
 }
 
@@ -236,7 +250,8 @@ inline constexpr TileTable<X, W, kLeft, kRight> kTiles{};
 // rows in pairs.
 template <class Body>
 FUSED_RNN_INLINE void for_heights(int64_t rows, int64_t highest, Body body) {
-  for (int64_t row = 0, left = quotient(rows + highest - 1, highest); left > 0; --left) {
+  int64_t left = rows <= highest ? rows > 0 : quotient(rows + highest - 1, highest);
+  for (int64_t row = 0; left > 0; --left) {
     int64_t height = left == 1 ? rows - row : quotient(rows - row + left - 1, left);
     if (height % 2 && height < highest && left > 1) ++height;
     body(row, height);
