@@ -51,6 +51,7 @@ struct ForwardStep {
   int own_slot;  // the first of what is not a state, but the cell's own result
 
   int64_t place(int64_t row) const { return order ? order[row] : row; }
+  S* y_row(int64_t row) const { return y + (y_order ? y_order[row] : row) * ldy; }
 };
 
 // Some rows and units of it, with the product of the tile.
@@ -109,8 +110,7 @@ FUSED_RNN_INLINE Vector<Accumulate<S>> emit_h(const ForwardStep<S>& step, int64_
   h = round_to<S>(h);
   store(step.after + at, h);
   if (step.h_mask) store(step.masked + at, h * load(step.h_mask + at));
-  store_partial(step.y + (step.y_order ? step.y_order[row] : row) * step.ldy + u, h,
-                step.valid - u);
+  store_partial(step.y_row(row) + u, h, step.valid - u);
   return h;
 }
 
@@ -134,6 +134,14 @@ struct Line {
   int64_t count;
   int64_t row, unit, x, h;  // of the first, in step.x and tile.h
   int64_t next_row, next_unit, next_x, next_h;
+
+  void skip(int64_t vectors) {
+    count -= vectors;
+    row += vectors * next_row;
+    unit += vectors * next_unit;
+    x += vectors * next_x;
+    h += vectors * next_h;
+  }
 };
 
 // Calls body(line) for what makes up a tile: down the rows of one panel, else from panel to panel,
@@ -210,17 +218,19 @@ FUSED_RNN_INLINE void with_mask(const void* candidate_mask, Body body) {
   body(std::false_type{});
 }
 
-// With a mask of the candidate one vector at a time, by settle().
-template <class Cell, bool kMasked, class S>
+// What a call wants of a step: the states, of whole vectors; what backward reads as well; or
+// whatever settle() knows. Code that also had the rest at hand would hold more than fits registers.
+enum class Want { kStates, kSaved, kAnything };
+
+// The step over a line; with a mask of the candidate one vector at a time.
+template <class Cell, bool kMasked, Want kWant, class S>
 FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile,
                                    Line line) {
   using A = Accumulate<S>;
   using V = Vector<A>;
   constexpr int G = Cell::kGates;
   constexpr bool kHasC = Cell::kStates > 1;
-  // Whether nothing is wanted but h and c.
-  const bool plain =
-      !kMasked && !step.zoned && !step.own && !step.all_c && !step.h_mask && !step.y_order;
+  constexpr bool kPlain = kWant != Want::kAnything;
   const auto first = [&](auto* base, int64_t ld) {
     return base ? base + line.row * ld + line.unit : base;
   };
@@ -241,7 +251,7 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
     constexpr int n = sizeof(P) / sizeof(V);
     P x[G], h[G], w[Cell::kDiagonals + 1], prev[Cell::kStates], state[Cell::kStates],
         saved[Cell::kSaved + 1];
-    prev[0] = before ? load_as<P>(before, next_state) : P{};
+    prev[0] = kPlain || before ? load_as<P>(before, next_state) : P{};
     if constexpr (kHasC) prev[1] = load_as<P>(c, next_c);
     for (int p = 0; p < Cell::kDiagonals; ++p)
       w[p] = load_as<P>(step.w + p * step.w_stride + line.unit, line.next_unit);
@@ -258,37 +268,36 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
 
     Cell::forward(x, h, weights_of<Cell, kMasked>(w), prev, state, saved);
 
-    if (plain && line.unit + (n - 1) * line.next_unit + kLanes<A> <= step.valid) {
-      // What settle() would do.
+    if constexpr (kPlain) {
       state[0] = round_to<S>(state[0]);
       store_as(after, next_state, state[0]);
       store_as(y, next_y, state[0]);
       if constexpr (kHasC) store_as(c, next_c, state[1]);
-      if (slot) {
+      if constexpr (kWant == Want::kSaved) {
 #pragma GCC unroll 2
         for (int s = 0; s < Cell::kStates; ++s) store_as(slot + s * slot_size, next_slot, state[s]);
 #pragma GCC unroll 8
         for (int s = 0; s < Cell::kSaved; ++s)
           store_as(slot + (Cell::kStates + s) * slot_size, next_slot, saved[s]);
+        slot += n * next_slot;
       }
+      after += n * next_state;
+      y += n * next_y;
     } else {
       for (int i = 0; i < n; ++i) {
         V states[Cell::kStates], values[Cell::kSaved + 1];
         for (int s = 0; s < Cell::kStates; ++s) states[s] = vector_of(state[s], i);
         for (int s = 0; s < Cell::kSaved; ++s) values[s] = vector_of(saved[s], i);
-        settle<Cell>(step, line.row + i * line.next_row, line.unit + i * line.next_unit, states,
-                     values);
+        settle<Cell>(step, line.row, line.unit, states, values);
+        line.row += line.next_row;
+        line.unit += line.next_unit;
       }
     }
     x_at += n * line.next_x;
     h_at += n * line.next_h;
-    if (before) before += n * next_state;
-    after += n * next_state;
+    if (kPlain || before) before += n * next_state;
     if constexpr (kHasC) c += n * next_c;
-    y += n * next_y;
-    if (slot) slot += n * next_slot;
-    line.row += n * line.next_row;
-    line.unit += n * line.next_unit;
+    if constexpr (kPlain && Cell::kDiagonals) line.unit += n * line.next_unit;
   };
   if constexpr (kMasked) {
     while (line.count-- > 0) advance(V{});
@@ -298,14 +307,32 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
   }
 }
 
+// Not inline: rare, and large.
+template <class Cell, bool kMasked, class S>
+void settled_line(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile, Line line) {
+  forward_line<Cell, kMasked, Want::kAnything>(step, tile, line);
+}
+
 template <class Cell, bool kMasked, class S>
 void forward_tile(const ForwardStep<S>& step, const Tile<Accumulate<S>>& tile) {
+  constexpr int L = kLanes<Accumulate<S>>;
   constexpr int kGatesOfH = Cell::kGates - Cell::kFirstGates;
-  const int64_t panel_h = Cell::kNormedOperand ? tile.vectors * kLanes<Accumulate<S>>  // one value
+  const int64_t panel_h = Cell::kNormedOperand ? tile.vectors * L  // one value
                                                : kGatesOfH * tile.h_gate;
+  const bool plain = !step.zoned && !step.own && !step.all_c && !step.h_mask && !step.y_order;
   for_lines(tile, step.ldx, Cell::kGates * tile.x_gate, panel_h,
-            [&](Line line)
-                __attribute__((always_inline)) { forward_line<Cell, kMasked>(step, tile, line); });
+            [&](Line line) __attribute__((always_inline)) {
+              if (!kMasked && plain) {
+                Line whole = line;  // vectors: the last may reach beyond the units
+                while (whole.count > 0 &&
+                       whole.unit + (whole.count - 1) * whole.next_unit + L > step.valid)
+                  --whole.count;
+                step.saved ? forward_line<Cell, false, Want::kSaved>(step, tile, whole)
+                           : forward_line<Cell, false, Want::kStates>(step, tile, whole);
+                line.skip(whole.count);
+              }
+              if (line.count) settled_line<Cell, kMasked>(step, tile, line);
+            });
 }
 
 template <class Cell, class S>
