@@ -484,9 +484,11 @@ class ForwardScan : Scan<ForwardProblem> {
       out = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
       ldo = G_ * Hp_;
     }
+    if (at.saved && !info_.norm_gates && which == info_.two_products())
+      fetch_results(at, m, height, unit, panels * vectors * L);
     const int at_once = height == 1 && r.packed ? 2 : 1;
     for_each_in(
-        turn(parity), quotient(panels + at_once - 1, at_once), [&](int64_t i, int64_t after) {
+        turn(parity), at_once == 2 ? (panels + 1) / 2 : panels, [&](int64_t i, int64_t after) {
           const int64_t p = i * at_once;
           const int n = panels - p < at_once ? 1 : at_once;
           product(r.gates, m, height, p_.R, a, lda, w, p_.H, r.packed, unit + p * vectors * L,
@@ -495,6 +497,19 @@ class ForwardScan : Scan<ForwardProblem> {
         });
     if (!info_.norm_gates)
       apply_cell(member, at, m, height, which, unit, vectors, panels, products, ldo);
+  }
+
+  // Has the lines brought that the cell will write, while the product before it is made: what is
+  // saved of a long sequence is far. Inline, since g++ drops the call of a function that only
+  // fetches.
+  FUSED_RNN_INLINE void fetch_results(const ForwardStep<S>& at, int64_t m, int64_t height,
+                                      int64_t unit, int64_t units) const {
+    for (int64_t i = m; i < m + height; ++i)
+      for (int64_t u = unit; u < unit + units; u += L) {
+        if (!at.own) __builtin_prefetch(at.y_row(i) + u, 0, 2);
+        for (int s = 0; s < info_.states + info_.saved; ++s)
+          __builtin_prefetch(at.saved + i * at.ld_saved + s * at.slot + u, 0, 2);
+      }
   }
 
   // The stages of a step after its products, where those are normalised.
