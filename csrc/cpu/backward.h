@@ -699,34 +699,37 @@ class BackwardScan : Scan<BackwardProblem> {
     return plan_.blocks == 1 && plan_.chunk_steps >= steps_.T && steps_.N <= kSlab;
   }
 
-  // Calls product(out) with where a gradient is added up: in the tensor itself, or before rounding
-  // in memory of our own.
-  template <class Product>
-  static void add_up(void* tensor, A* own, Product product) {
-    if constexpr (kLowPrecision)
-      if (own) return product(own);
-    product(static_cast<S*>(tensor));
-  }
+  // The right operand of an outer product, and where its gradient is added up: in the tensor
+  // itself, or before rounding in memory of our own.
+  struct Factor {
+    const A* panels;
+    int64_t N;
+    void* tensor;
+    A* own;
+
+    // Of what stands so many rows further in the gradient.
+    Factor of_rows(const A* other, int64_t rows) const {
+      return {other, N, static_cast<S*>(tensor) + rows * N, own ? own + rows * N : nullptr};
+    }
+  };
 
   void weight_gradients(const Task& task, const Member& member, const Chunk& chunk) {
     Direction& dir = *task.dir;
     const WeightGrads& grads = p_.d_weights[task.plane];
     const Range units = part_of(Hp_, kUnitPad, member.index, member.size);
-    add_up(grads.ih, dir.d_ih, [&](auto* out) {
-      outer_product(chunk, G_, p_.H, units, dir.gates_x, ldg_, dir.x, task.I, out);
-    });
-    if (info_.recurrent)
-      add_up(grads.hh, dir.d_hh, [&](auto* out) {
-        outer_product(chunk, first_gates_, p_.H, units, dir.gates_h, ldg_, dir.h, p_.R, out);
-        if (info_.two_products())
-          outer_product(chunk, second_gates(), p_.H, units, dir.gates_h + first_gates_ * Hp_, ldg_,
-                        dir.operand, p_.R, out + first_gates_ * p_.H * p_.R);
-      });
+    // Where x and h meet the same gradients, in one go.
+    const bool both = dir.gates_h == dir.gates_x && info_.recurrent && !info_.two_products();
+    const Factor x{dir.x, task.I, grads.ih, dir.d_ih}, h{dir.h, p_.R, grads.hh, dir.d_hh};
+    outer_product(chunk, G_, p_.H, units, dir.gates_x, ldg_, x, both ? &h : nullptr);
+    if (info_.recurrent && !both)
+      outer_product(chunk, first_gates_, p_.H, units, dir.gates_h, ldg_, h);
+    if (info_.two_products())
+      outer_product(chunk, second_gates(), p_.H, units, dir.gates_h + first_gates_ * Hp_, ldg_,
+                    h.of_rows(dir.operand, first_gates_ * p_.H));
     if (p_.projected())
-      add_up(grads.hr, dir.d_hr, [&](auto* out) {
-        outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
-                      dir.d_projected, Rp_ + kSkew, dir.unprojected, p_.H, out);
-      });
+      outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
+                    dir.d_projected, Rp_ + kSkew,
+                    Factor{dir.unprojected, p_.H, grads.hr, dir.d_hr});
     sum_rows(chunk, units, dir.gates_x + G_ * Hp_, info_.unit_weights(), dir.d_bias_ih + G_ * Hp_);
     if (!grads.bias_ih) return;
     sum_rows(chunk, units, dir.gates_x + bias_gate_ * Hp_, G_, dir.d_bias_ih);
@@ -734,57 +737,76 @@ class BackwardScan : Scan<BackwardProblem> {
       sum_rows(chunk, units, dir.gates_h + bias_gate_ * Hp_, G_, dir.d_bias_hh);
   }
 
-  // out[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`.
-  template <class C>
+  // d[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`
+  // and the right operands given, one or two.
   static void outer_product(const Chunk& chunk, int64_t gates, int64_t units, Range range,
-                            const A* left, int64_t ld_left, const A* right, int64_t N, C* out) {
+                            const A* left, int64_t ld_left, const Factor& right,
+                            const Factor* other = nullptr) {
     const int64_t height = (range.end < units ? range.end : units) - range.begin;
     if (height <= 0) return;
     // Every panel must take the tiles of the widest.
     static_assert(max_rows(3) >= max_rows(4) || kUnitPad / L % 2 == 0);
-    // A tile takes a few columns of `left`, whose rows are far apart: copied, they are one stream
-    // for all panels. Whole vectors are copied, and the next row overwrites what was too much.
-    alignas(64) A columns[kSlab * kMaxRows + kMaxRows + L];
+    // Tiles take a few columns of `left`, whose rows are far apart: copied, they are streams that
+    // all panels meet. So many are copied that large panels need not come from afar for each tile.
+    // Whole vectors are copied, and the next row overwrites what was too much.
+    constexpr int64_t kColumns = 4 * kMaxRows;
+    alignas(64) A columns[kSlab * kColumns + kMaxRows + L];
     for (int64_t slab = 0; slab < chunk.rows(); slab += kSlab) {
       const int64_t count = slab_rows(chunk.rows(), slab);
-      const A* panels = right + slab * pad_units(N);
       const bool overwrite = chunk.is_first && slab == 0;
       for (int64_t g = 0; g < gates; ++g)
-        for_heights(height, kMaxRows, [&](int64_t first, int64_t copied) {
+        for_heights(height, kColumns, [&](int64_t first, int64_t copied) {
           const A* from = left + slab * ld_left + g * pad_units(units) + range.begin + first;
-          for (int64_t k = 0; k < count; ++k)
-            for (int i = 0; i < kMaxRows; i += L)  // else a call of memmove
-              if (i < copied) store(columns + k * copied + i, load(from + k * ld_left + i));
-          for_heights(copied, max_rows(kMaxVectors), [&](int64_t m, int64_t tile_height) {
-            accumulate(tile_height, count, columns + m, copied, panels, N, overwrite,
-                       out + (g * units + range.begin + first + m) * N);
+          const int64_t row = g * units + range.begin + first;
+          for_heights(copied, kMaxRows, [&](int64_t m, int64_t width) {
+            A* to = columns + m * count;
+            for (int64_t k = 0; k < count; ++k, to += width)
+              for (int i = 0; i < kMaxRows; i += L)  // else a call of memmove
+                if (i < width) store(to + i, load(from + k * ld_left + m + i));
           });
+          for (const Factor* factor : {&right, other}) {
+            if (!factor) continue;
+            const auto add_to = [&](auto* d) {
+              const A* panels = factor->panels + slab * pad_units(factor->N);
+              accumulate(copied, count, columns, panels, factor->N, overwrite, d + row * factor->N);
+            };
+            kLowPrecision && factor->own ? add_to(factor->own)
+                                         : add_to(static_cast<S*>(factor->tensor));
+          }
         });
     }
   }
 
-  // c[m, i] (+)= sum over k of columns[k, m] * right[k, i].
+  // c[m, i] (+)= sum over k of columns[k, m] * right[k, i], with m in groups as they are copied.
   template <class C>
-  static void accumulate(int64_t height, int64_t K, const A* columns, int64_t ld_columns,
-                         const A* right, int64_t N, bool overwrite, C* c) {
+  static void accumulate(int64_t M, int64_t K, const A* columns, const A* right, int64_t N,
+                         bool overwrite, C* c) {
     alignas(64) A edge[kMaxRows * kPanel];
     for_panels<A>(1, 0, pad_units(N), [&](int64_t column, int vectors) {
-      const TileFunction<A> tile =
-          kTiles<A, A, Left::kColumns, Right::kPanel>.at[vectors - 1][height - 1];
       const A* panel = right + column * K;
-      C* to = c + column;
       const int64_t width = vectors * L < N - column ? vectors * L : N - column;
-      if constexpr (std::is_same_v<C, A>)
-        if (width == vectors * L)
-          return tile(K, columns, ld_columns, panel, 0, overwrite ? nullptr : to, N, to, N);
-      tile(K, columns, ld_columns, panel, 0, nullptr, 0, edge, kPanel);
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t n = 0; n < width; n += L) {
-          const int64_t valid = width - n;
-          Vector<A> sum = load(edge + i * kPanel + n);
-          if (!overwrite) sum += load_partial(to + i * N + n, valid);
-          store_partial(to + i * N + n, sum, valid);
-        }
+      const auto product = [&](int64_t height, const A* left, int64_t ld_left, C* to) {
+        const TileFunction<A> tile =
+            kTiles<A, A, Left::kColumns, Right::kPanel>.at[vectors - 1][height - 1];
+        for (int64_t i = 0; i < height; ++i)  // what is added to, of a large weight, is far
+          for (int64_t n = 0; n < width; n += L) __builtin_prefetch(to + i * N + n, 0, 2);
+        if constexpr (std::is_same_v<C, A>)
+          if (width == vectors * L)
+            return tile(K, left, ld_left, panel, 0, overwrite ? nullptr : to, N, to, N);
+        tile(K, left, ld_left, panel, 0, nullptr, 0, edge, kPanel);
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t n = 0; n < width; n += L) {
+            const int64_t valid = width - n;
+            Vector<A> sum = load(edge + i * kPanel + n);
+            if (!overwrite) sum += load_partial(to + i * N + n, valid);
+            store_partial(to + i * N + n, sum, valid);
+          }
+      };
+      for_heights(M, kMaxRows, [&](int64_t first, int64_t copied) {
+        for_heights(copied, max_rows(kMaxVectors), [&](int64_t m, int64_t height) {
+          product(height, columns + first * K + m, copied, c + (first + m) * N + column);
+        });
+      });
     });
   }
 
