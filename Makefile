@@ -63,13 +63,13 @@ emulated: build
 	$(PYTEST) --emulated -m "not slow" -k "not ($(NOT_EMULATED))" tests/test_modules.py \
 	  tests/test_beyond_torch.py tests/test_controls.py tests/test_regularisers.py
 
-# Of the kernels those of one instruction set are instrumented, which is the one that is run.
+# Of the kernels those of one instruction set are built and instrumented, which is the one that is run.
 # Python itself is not, so both run-time libraries must be there before it starts.
 # Leaks are not looked for: the interpreter keeps much until the end. A report goes to the process's
 # own stderr, which pytest would otherwise capture and lose with the process. Two of the four types
 # are left out, for time: float64 takes the ways of float32, float16 its panels and the rounding of bfloat16.
 sanitize: build
-	isa=$$($(ISA)) && export FUSED_RNN_SANITIZE=$$isa \
+	isa=$$($(ISA)) && export FUSED_RNN_SANITIZE=$$isa FUSED_RNN_ISAS=$$isa \
 	  && FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --force --build-lib $(SANITIZED) \
 	  && nm build/*-sanitize/csrc/cpu/kernels_$$isa.o | grep -q __asan_report
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \

@@ -9,6 +9,8 @@ Environment:
     TORCH_CUDA_ARCH_LIST     architectures, as torch's own extensions take them: "8.0;9.0a+PTX"
     NVCCFLAGS                extra flags of nvcc
     FUSED_RNN_EMULATOR=1     build the library that executes the CUDA kernels on the host, for tests
+    FUSED_RNN_ISAS           instruction sets to build kernels for, of those in ISA_FLAGS: "avx2".
+                             The baseline is always there; otherwise all are
     FUSED_RNN_SANITIZE=1     AddressSanitizer and UndefinedBehaviorSanitizer; with the name of an
                              instruction set (avx2) in its kernels only, and the others unoptimised
     FUSED_RNN_STRICT=1       fail when the library cannot be built, instead of installing without it
@@ -47,13 +49,14 @@ AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = (
     "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512 -Wno-maybe-uninitialized"
 ).split()
-# Named as `fused_rnn._C.isa()` names them.
+# Named as `fused_rnn._C.isa()` names them: csrc/cpu/kernels_<name>.cpp.
 ISA_FLAGS = {
-    "kernels_baseline.cpp": [],
-    "kernels_avx512_bf16.cpp": [*AVX2, *AVX512, "-mavx512bf16"],
-    "kernels_avx512.cpp": [*AVX2, *AVX512],
-    "kernels_avx2.cpp": AVX2,
+    "baseline": [],
+    "avx512_bf16": [*AVX2, *AVX512, "-mavx512bf16"],
+    "avx512": [*AVX2, *AVX512],
+    "avx2": AVX2,
 }
+BASES = {"avx512_bf16": "avx512"}  # that a set takes most of its kernels from
 
 # Every generation since Ampere, as far as the compiler knows it. Kernels for 9.0a run on nothing
 # else, so the last one is there as PTX as well.
@@ -76,21 +79,41 @@ if SANITIZE != "0":
     LD_FLAGS += SANITIZERS
 
 
+def isa_of(source: Path) -> str:
+    """The set whose kernels are in a file, or nothing."""
+    return source.stem.removeprefix("kernels_") if source.stem.startswith("kernels_") else ""
+
+
+def with_base(isa: str) -> set[str]:
+    return {isa, BASES.get(isa, isa)}
+
+
+def known(variable: str, isa: str) -> str:
+    if isa not in ISA_FLAGS:
+        sets = ", ".join(ISA_FLAGS)
+        raise CompileError(f"{variable}: {isa!r} is not an instruction set, but {sets} are")
+    return isa
+
+
+def isas() -> set[str]:
+    """The instruction sets that there are kernels for."""
+    if not X86:
+        return {"baseline"}
+    wanted = os.environ.get("FUSED_RNN_ISAS", "").replace(",", " ").split() or ISA_FLAGS
+    return {"baseline"}.union(*(with_base(known("FUSED_RNN_ISAS", isa)) for isa in wanted))
+
+
+def isas_to_sanitize() -> set[str]:
+    """Those whose kernels are instrumented."""
+    if SANITIZE in ("0", "1"):
+        return set(ISA_FLAGS)
+    return with_base(known("FUSED_RNN_SANITIZE", SANITIZE))
+
+
 def sources() -> list[str]:
     patterns = ("csrc/cpu/*.cpp", "csrc/bindings/*.cpp", "csrc/cuda/*.cu")
     files = [file for pattern in patterns for file in ROOT.glob(pattern)]
-    wanted = [f for f in files if X86 or not ISA_FLAGS.get(f.name)]
-    return sorted(f.relative_to(ROOT).as_posix() for f in wanted)
-
-
-def kernels_to_sanitize() -> set[str]:
-    """The files of csrc/cpu with kernels that are instrumented."""
-    if SANITIZE in ("0", "1"):
-        return set(ISA_FLAGS)
-    name = f"kernels_{SANITIZE}.cpp"
-    if name not in ISA_FLAGS:
-        raise CompileError(f"FUSED_RNN_SANITIZE={SANITIZE}, but there is no csrc/cpu/{name}")
-    return {name}
+    return sorted(file.relative_to(ROOT).as_posix() for file in files)
 
 
 def find_compiler() -> list[str]:
@@ -267,7 +290,9 @@ class NinjaBuild(build_ext):
 
     def ninja_file(self, ext: Extension, compiler: list[str], folder: Path, target: Path) -> str:
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        common = [*CXX_FLAGS, *extra, f"-I{ROOT / 'csrc'}", *(["-DFUSED_RNN_X86"] if X86 else [])]
+        common = [*CXX_FLAGS, *extra, f"-I{ROOT / 'csrc'}"]
+        wanted = isas()
+        common += [f"-DFUSED_RNN_ISA_{isa.upper()}" for isa in sorted(wanted)]
         cuda = find_cuda(compiler)
         flags = {"cpu": common, "bindings": [*common, *bindings_flags(cuda)]}
         flags["cuda"] = [f"-I{ROOT / 'csrc'}", *cuda.flags]
@@ -303,22 +328,23 @@ class NinjaBuild(build_ext):
             lines.append(f"default {ninja_path(target)}")
 
         objects = {}
-        sanitized = kernels_to_sanitize()
+        sanitized = isas_to_sanitize()
+
+        def unoptimised(source: Path) -> bool:  # what will not be run
+            return bool(isa_of(source)) and isa_of(source) not in sanitized
+
         # Of a function that several objects have, the linker keeps the first one's: not one with
         # wider instructions, nor one that is not sanitized.
         sources = sorted(
             map(Path, ext.sources),
-            key=lambda f: (
-                f.name in ISA_FLAGS,
-                f.name not in sanitized,
-                bool(ISA_FLAGS.get(f.name)),
-            ),
+            key=lambda f: (bool(isa_of(f)), unoptimised(f), bool(ISA_FLAGS.get(isa_of(f)))),
         )
         for source in sources:
-            if source.suffix == ".cu" and not cuda.nvcc:
+            isa = isa_of(source)
+            if (source.suffix == ".cu" and not cuda.nvcc) or (isa and isa not in wanted):
                 continue
-            own = [*flags[source.parent.name], *ISA_FLAGS.get(source.name, [])]
-            if source.name in ISA_FLAGS and source.name not in sanitized:  # they will not be run
+            own = [*flags[source.parent.name], *ISA_FLAGS.get(isa, [])]
+            if unoptimised(source):
                 own = [*(flag for flag in own if flag not in SANITIZERS), "-O0", "-g0"]
             name = source.with_suffix(".o")
             objects[source] = compile_to(name, source, rules[source.suffix], own)

@@ -3,10 +3,11 @@
 #include <strings.h>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 namespace fused_rnn::cpu {
 
-#if defined(__x86_64__)
+// FUSED_RNN_ISA_...: those that setup.py builds.
 namespace avx512_bf16 {
 extern const Isa kIsa;
 }
@@ -16,7 +17,6 @@ extern const Isa kIsa;
 namespace avx2 {
 extern const Isa kIsa;
 }
-#endif
 namespace baseline {
 extern const Isa kIsa;
 }
@@ -24,9 +24,13 @@ extern const Isa kIsa;
 namespace {
 
 const Isa* const kCompiled[] = {
-#if defined(__x86_64__)
+#if defined(FUSED_RNN_ISA_AVX512_BF16)
     &avx512_bf16::kIsa,
+#endif
+#if defined(FUSED_RNN_ISA_AVX512)
     &avx512::kIsa,
+#endif
+#if defined(FUSED_RNN_ISA_AVX2)
     &avx2::kIsa,
 #endif
     &baseline::kIsa,
@@ -59,6 +63,24 @@ const Isa& choose() {
   return *kCompiled[widest];
 }
 
+// With what it has from its base.
+Isa complete(const Isa& own) {
+  if (!own.base) return own;
+  static std::vector<CellKernels> cells(own.base->cells, own.base->cells + own.base->cell_count);
+  Isa isa = *own.base;
+  isa.name = own.name;
+  isa.cells = cells.data();
+  for (int type = 0; type < 4; ++type) {
+    if (own.packing[type].pack) isa.packing[type] = own.packing[type];
+    for (int i = 0; i < own.cell_count; ++i) {
+      const CellKernels& kernels = own.cells[i];
+      if (kernels.forward[type]) cells[i].forward[type] = kernels.forward[type];
+      if (kernels.backward[type]) cells[i].backward[type] = kernels.backward[type];
+    }
+  }
+  return isa;
+}
+
 }  // namespace
 
 const Isa* const* compiled_isas(int* count) {
@@ -67,7 +89,7 @@ const Isa* const* compiled_isas(int* count) {
 }
 
 const Isa& chosen_isa() {
-  static const Isa& isa = choose();
+  static const Isa isa = complete(choose());
   return isa;
 }
 

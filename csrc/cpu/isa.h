@@ -49,6 +49,7 @@ struct MathFunctions {
 
 struct Isa {
   const char* name;
+  const Isa* base;  // the set that what is null here is taken from, or null
   const CellKernels* cells;
   int cell_count;
   const MathFunctions* math;
@@ -60,7 +61,8 @@ struct Isa {
                    const float* w, float* out);
 };
 
-// Compiled sets, widest first.
+// Compiled sets, widest first. Of their contents only the name may be looked at: chosen_isa() has
+// what a base adds.
 const Isa* const* compiled_isas(int* count);
 
 // The widest set this machine runs, no wider than ATEN_CPU_CAPABILITY asks for. Decided once.

@@ -73,16 +73,47 @@ void cell_backward(int64_t n, const A* saved, const A* w, const A* m, const A* p
   }
 }
 
+// Of a set with a base only what is of its own: the types that its instructions are for.
+#ifdef FUSED_RNN_BASE_ISA
+template <class S>
+constexpr bool kOwn = std::is_same_v<S, BFloat16>;
+#else
+template <class S>
+constexpr bool kOwn = true;
+#endif
+
+template <class Cell, class S>
+constexpr auto forward_of() {
+  if constexpr (kOwn<S>)
+    return &forward<Cell, S>;
+  else
+    return nullptr;
+}
+template <class Cell, class S>
+constexpr auto backward_of() {
+  if constexpr (kOwn<S>)
+    return &backward<Cell, S>;
+  else
+    return nullptr;
+}
+template <class Cell, class A>
+constexpr CellFunctions<A> functions_of() {
+  if constexpr (kOwn<A>)
+    return {cell_forward<Cell, A>, cell_backward<Cell, A>};
+  else
+    return {};
+}
+
 template <class Cell>
 constexpr CellKernels kernels_of() {
   return {
       info_of<Cell>(),
-      {forward<Cell, float>, forward<Cell, double>, forward<Cell, BFloat16>,
-       forward<Cell, Float16>},
-      {backward<Cell, float>, backward<Cell, double>, backward<Cell, BFloat16>,
-       backward<Cell, Float16>},
-      {cell_forward<Cell, float>, cell_backward<Cell, float>},
-      {cell_forward<Cell, double>, cell_backward<Cell, double>},
+      {forward_of<Cell, float>(), forward_of<Cell, double>(), forward_of<Cell, BFloat16>(),
+       forward_of<Cell, Float16>()},
+      {backward_of<Cell, float>(), backward_of<Cell, double>(), backward_of<Cell, BFloat16>(),
+       backward_of<Cell, Float16>()},
+      functions_of<Cell, float>(),
+      functions_of<Cell, double>(),
   };
 }
 
@@ -94,6 +125,23 @@ struct KernelTable {
 template <class... Cs>
 KernelTable<Cs...> table_of(TypeList<Cs...>);
 using Table = decltype(table_of(Cells{}));
+
+template <class S>
+constexpr Packing packing_of() {
+  if constexpr (kOwn<S>)
+    return {panel_step<S>, packed_bytes<S>, pack_weights<S>};
+  else
+    return {};
+}
+
+#ifdef FUSED_RNN_BASE_ISA
+constexpr const Isa* kBase = &FUSED_RNN_BASE_ISA::kIsa;
+constexpr const MathFunctions* kMath = nullptr;
+constexpr int kMathCount = 0;
+constexpr void (*multiply)(int64_t, int64_t, int64_t, int64_t, const float*, const float*,
+                           float*) = nullptr;
+#else
+constexpr const Isa* kBase = nullptr;
 
 template <class A, class Function>
 void map(int64_t n, const A* x, A* y, Function function) {
@@ -113,9 +161,7 @@ constexpr MathFunctions kMath[] = {
     {"sigmoid", map_sigmoid<float>, map_sigmoid<double>},
     {"tanh", map_tanh<float>, map_tanh<double>},
 };
-
-template <class S>
-constexpr Packing kPacking = {panel_step<S>, packed_bytes<S>, pack_weights<S>};
+constexpr int kMathCount = int(sizeof(kMath) / sizeof(kMath[0]));
 
 void multiply(int64_t step, int64_t rows, int64_t K, int64_t columns, const float* a,
               const float* w, float* out) {
@@ -125,16 +171,19 @@ void multiply(int64_t step, int64_t rows, int64_t K, int64_t columns, const floa
                                      nullptr, 0, out + column, columns);
       });
 }
+#endif
 
 }  // namespace
 
 extern const Isa kIsa;
-const Isa kIsa{FUSED_RNN_ISA_NAME,
-               Table::kCells,
-               Table::kCount,
-               kMath,
-               int(sizeof(kMath) / sizeof(kMath[0])),
-               {kPacking<float>, kPacking<double>, kPacking<BFloat16>, kPacking<Float16>},
-               multiply};
+const Isa kIsa{
+    FUSED_RNN_ISA_NAME,
+    kBase,
+    Table::kCells,
+    Table::kCount,
+    kMath,
+    kMathCount,
+    {packing_of<float>(), packing_of<double>(), packing_of<BFloat16>(), packing_of<Float16>()},
+    multiply};
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA
