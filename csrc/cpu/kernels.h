@@ -83,38 +83,26 @@ constexpr bool kOwn = true;
 #endif
 
 template <class Cell, class S>
-constexpr auto forward_of() {
-  if constexpr (kOwn<S>)
-    return &forward<Cell, S>;
-  else
-    return nullptr;
-}
-template <class Cell, class S>
-constexpr auto backward_of() {
-  if constexpr (kOwn<S>)
-    return &backward<Cell, S>;
-  else
-    return nullptr;
-}
-template <class Cell, class A>
-constexpr CellFunctions<A> functions_of() {
-  if constexpr (kOwn<A>)
-    return {cell_forward<Cell, A>, cell_backward<Cell, A>};
-  else
-    return {};
+constexpr void add_type(CellKernels& kernels, DType type) {
+  if constexpr (kOwn<S>) {
+    kernels.forward[int(type)] = forward<Cell, S>;
+    kernels.backward[int(type)] = backward<Cell, S>;
+    if constexpr (std::is_same_v<S, float>)
+      kernels.as_float = {cell_forward<Cell, S>, cell_backward<Cell, S>};
+    if constexpr (std::is_same_v<S, double>)
+      kernels.as_double = {cell_forward<Cell, S>, cell_backward<Cell, S>};
+  }
 }
 
 template <class Cell>
 constexpr CellKernels kernels_of() {
-  return {
-      info_of<Cell>(),
-      {forward_of<Cell, float>(), forward_of<Cell, double>(), forward_of<Cell, BFloat16>(),
-       forward_of<Cell, Float16>()},
-      {backward_of<Cell, float>(), backward_of<Cell, double>(), backward_of<Cell, BFloat16>(),
-       backward_of<Cell, Float16>()},
-      functions_of<Cell, float>(),
-      functions_of<Cell, double>(),
-  };
+  CellKernels kernels{};
+  kernels.info = info_of<Cell>();
+  add_type<Cell, float>(kernels, DType::kFloat32);
+  add_type<Cell, double>(kernels, DType::kFloat64);
+  add_type<Cell, BFloat16>(kernels, DType::kBFloat16);
+  add_type<Cell, Float16>(kernels, DType::kFloat16);
+  return kernels;
 }
 
 template <class... Cs>
