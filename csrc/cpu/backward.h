@@ -789,7 +789,8 @@ class BackwardScan : Scan<BackwardProblem> {
         const TileFunction<A> tile =
             kTiles<A, A, Left::kColumns, Right::kPanel>.at[vectors - 1][height - 1];
         for (int64_t i = 0; i < height; ++i)  // what is added to, of a large weight, is far
-          for (int64_t n = 0; n < width; n += L) __builtin_prefetch(to + i * N + n, 0, 2);
+          for (int64_t n = 0; n < width; n += kLine / int64_t(sizeof(C)))
+            __builtin_prefetch(to + i * N + n, 0, 2);
         if constexpr (std::is_same_v<C, A>)
           if (width == vectors * L)
             return tile(K, left, ld_left, panel, 0, overwrite ? nullptr : to, N, to, N);

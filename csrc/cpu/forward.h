@@ -505,7 +505,7 @@ class ForwardScan : Scan<ForwardProblem> {
   FUSED_RNN_INLINE void fetch_results(const ForwardStep<S>& at, int64_t m, int64_t height,
                                       int64_t unit, int64_t units) const {
     for (int64_t i = m; i < m + height; ++i)
-      for (int64_t u = unit; u < unit + units; u += L) {
+      for (int64_t u = unit; u < unit + units; u += kLine / int64_t(sizeof(A))) {
         if (!at.own) __builtin_prefetch(at.y_row(i) + u, 0, 2);
         for (int s = 0; s < info_.states + info_.saved; ++s)
           __builtin_prefetch(at.saved + i * at.ld_saved + s * at.slot + u, 0, 2);
