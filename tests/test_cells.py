@@ -95,7 +95,8 @@ def test_team(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_set_takes_from_its_base_what_it_lacks(tmp_path: Path) -> None:
-    """As avx512_bf16 does, which few machines can run."""
+    """As avx512_bf16 does, which few machines can run: here a stand-in for avx2, which is chosen
+    only where it runs."""
     if "avx2" not in _C.compiled_isas() or _C.isa() == "baseline":
         pytest.skip(f"avx2 is more than this machine or ATEN_CPU_CAPABILITY has, {_C.isa()}")
     compiler = shlex.split(os.environ.get("CXX", "c++"))
