@@ -513,8 +513,8 @@ class BackwardScan : Scan<BackwardProblem> {
     const O* gates = dir.operand_h + chunk.row(t, member.rows.begin) * ldg_ + first_gates_ * Hp_;
     A* out = dir.d_operand + member.rows.begin * Hp_;
     const int64_t at_once = dir.packed_second ? rows : 0;
-    for_panels_at_once<A>(at_once, 1, member.units.begin, member.units.end, turn(t),
-                          [&](int64_t column, int vectors, int panels, int64_t next) {
+    for_panels_at_once<W>(at_once, second_gates() * Hp_, 1, member.units.begin, member.units.end,
+                          turn(t), [&](int64_t column, int vectors, int panels, int64_t next) {
                             times(0, rows, second_gates(), p_.H, p_.R, gates, ldg_,
                                   second_hh(task.weights), dir.packed_second, column, next, vectors,
                                   panels, nullptr, 0, out + column, Hp_);
@@ -553,8 +553,8 @@ class BackwardScan : Scan<BackwardProblem> {
       operand = d_projected;
     }
     const int64_t at_once = dir.packed_hr ? end - begin : 0;
-    for_panels_at_once<A>(
-        at_once, 1, 0, Hp_, [&](int64_t column, int vectors, int panels, int64_t next) {
+    for_panels_at_once<W>(
+        at_once, Rp_, 1, 0, Hp_, [&](int64_t column, int vectors, int panels, int64_t next) {
           times(0, end - begin, 1, p_.R, p_.H, operand, ld, task.weights.hr, dir.packed_hr, column,
                 next, vectors, panels, nullptr, 0, dir.d_unprojected + begin * Hp_ + column, Hp_);
         });
@@ -573,7 +573,7 @@ class BackwardScan : Scan<BackwardProblem> {
                           vectors, add, ld_add, out, ldo);
     const int64_t K = gates * padded;
     const W* panel = packed + column * packed_rows<W>(K);
-    packed_product<O, W>(first, rows, K, a, lda, panel, fetched(packed, 1, K, column, next),
+    packed_product<O, W>(first, rows, {K, a, lda, panel, fetched(packed, 1, K, column, next)},
                          vectors, panels, add, ld_add, out, ldo);
   }
 
@@ -588,7 +588,7 @@ class BackwardScan : Scan<BackwardProblem> {
     const A* before = dir.h_mask ? nullptr : dh;
     const Range columns = units_of_h(member.units);
     const int64_t at_once = dir.packed_hh ? rows : 0;
-    for_panels_at_once<A>(at_once, 1, columns.begin, columns.end, turn(t),
+    for_panels_at_once<W>(at_once, first_gates_ * Hp_, 1, columns.begin, columns.end, turn(t),
                           [&](int64_t column, int vectors, int panels, int64_t next) {
                             times(0, rows, first_gates_, p_.H, p_.R, gates, ldg_, task.weights.hh,
                                   dir.packed_hh, column, next, vectors, panels,
@@ -793,8 +793,8 @@ class BackwardScan : Scan<BackwardProblem> {
             __builtin_prefetch(to + i * N + n, 0, 2);
         if constexpr (std::is_same_v<C, A>)
           if (width == vectors * L)
-            return tile(K, left, ld_left, panel, 0, overwrite ? nullptr : to, N, to, N);
-        tile(K, left, ld_left, panel, 0, nullptr, 0, edge, kPanel);
+            return tile({K, left, ld_left, panel, 0}, overwrite ? nullptr : to, N, to, N);
+        tile({K, left, ld_left, panel, 0}, nullptr, 0, edge, kPanel);
         for (int64_t i = 0; i < height; ++i)
           for (int64_t n = 0; n < width; n += L) {
             const int64_t valid = width - n;
@@ -851,8 +851,9 @@ class BackwardScan : Scan<BackwardProblem> {
     A* own = own_input_gradient(task);
     alignas(64) A tile_out[kRowsOfPiece * kPanel];
     // As for many rows: one panel at a time.
-    for_panels_at_once<A>(
-        kRowsOfPiece, 1, 0, pad_units(task.I), [&](int64_t column, int vectors, int, int64_t next) {
+    for_panels_at_once<W>(
+        kRowsOfPiece, G_ * Hp_, 1, 0, pad_units(task.I),
+        [&](int64_t column, int vectors, int, int64_t next) {
           int64_t t = chunk.first;
           for (int64_t row = part.begin; row < part.end; row += kRowsOfPiece) {
             const int64_t height = part.end - row < kRowsOfPiece ? part.end - row : kRowsOfPiece;

@@ -144,18 +144,20 @@ struct Line {
   }
 };
 
-// Calls body(line) for what makes up a tile: down the rows of one panel, else from panel to panel,
-// which are panel_x and panel_h apart.
+// Calls body(line) for what makes up a tile: from panel to panel, which are panel_x and panel_h
+// apart, or down the rows of a panel where fewer vectors are then left without a pair.
 template <class A, class Body>
 FUSED_RNN_INLINE void for_lines(const Tile<A>& tile, int64_t ldx, int64_t panel_x, int64_t panel_h,
                                 Body body) {
-  const bool down = tile.panels == 1;
+  const bool down = tile.panels * (tile.rows % 2) < tile.rows * (tile.panels % 2);
   const int64_t width = tile.vectors * kLanes<A>;
-  for (int64_t i = 0; i < (down ? 1 : tile.rows); ++i)
+  const int64_t across = down ? panel_x : ldx, across_h = down ? panel_h : tile.ldh;
+  for (int64_t i = 0; i < (down ? tile.panels : tile.rows); ++i)
     for (int64_t u = 0; u < width; u += kLanes<A>) {
-      const int64_t row = tile.row + i, x = row * ldx + tile.x_at + u, h = i * tile.ldh + u;
-      body(down ? Line{tile.rows, row, tile.unit + u, x, h, 1, 0, ldx, tile.ldh}
-                : Line{tile.panels, row, tile.unit + u, x, h, 0, width, panel_x, panel_h});
+      const int64_t row = tile.row + (down ? 0 : i), unit = tile.unit + u + (down ? i * width : 0);
+      const int64_t x = tile.row * ldx + tile.x_at + u + i * across, h = u + i * across_h;
+      body(down ? Line{tile.rows, row, unit, x, h, 1, 0, ldx, tile.ldh}
+                : Line{tile.panels, row, unit, x, h, 0, width, panel_x, panel_h});
     }
 }
 

@@ -15,7 +15,8 @@ class ForwardScan : Scan<ForwardProblem> {
   static constexpr int kPanelWidth = kMaxVectors * L;
   // Bytes of L1 for products that the cell is applied to, and for weights that are used again.
   static constexpr int64_t kProducts = 8192, kWeights = 20480;
-  alignas(64) static constexpr A kZeros[2 * kPanelWidth] = {};  // a bias
+  static_assert(kAcrossRows * kAcrossPanels * kPanelWidth * int64_t(sizeof(A)) <= kProducts);
+  alignas(64) static constexpr A kZeros[kAcrossPanels * kPanelWidth] = {};  // a bias
 
  public:
   ForwardScan(const CellRows<S>& cell, const ForwardProblem& problem, const Plan& plan)
@@ -258,8 +259,8 @@ class ForwardScan : Scan<ForwardProblem> {
     if (packs_rows(plan_.pack_ih))
       return product_of_rows(task, member, rows, task.I, x, ldx, task.weights.ih,
                              task.packed.bias_ih, gates);
-    for_panels_at_once<A>(
-        task.packed.ih ? rows : 0, G_, member.units.begin, member.units.end,
+    for_panels_at_once<W>(
+        task.packed.ih ? rows : 0, task.I, G_, member.units.begin, member.units.end,
         [&](int64_t unit, int vectors, int panels, int64_t next) {
           const A* bias = info_.norm_gates ? kZeros : task.packed.bias_ih + unit * G_;
           product(G_, 0, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
@@ -310,14 +311,14 @@ class ForwardScan : Scan<ForwardProblem> {
     for (int64_t i = 0; i < n; i += L) store_partial(dst + i, load_partial(src + i, n - i), n - i);
   }
 
-  // out[m, panel] = x[m, :] W^T + bias for a panel of units, or two packed ones. These are the rows
-  // from `first` on of those that meet the panel, before that of units `next`.
+  // out[m, panel] = x[m, :] W^T + bias for a panel of units, or more packed ones. These are the
+  // rows from `first` on of those that meet the panel, before that of units `next`.
   void product(int gates, int64_t first, int64_t rows, int64_t K, const O* x, int64_t ldx,
                const S* w, int64_t units, const W* packed, int64_t unit, int64_t next, int vectors,
                int panels, const A* bias, A* out, int64_t ldo) const {
     if (!packed) return dot<S>(rows, K, x, ldx, w, gates, units, unit, vectors, bias, out, ldo);
     const W* panel = packed + unit * gates * packed_rows<W>(K);
-    packed_product<O, W>(first, rows, K, x, ldx, panel, fetched(packed, gates, K, unit, next),
+    packed_product<O, W>(first, rows, {K, x, ldx, panel, fetched(packed, gates, K, unit, next)},
                          gates * vectors, panels, bias, 0, out, ldo);
   }
 
@@ -434,9 +435,10 @@ class ForwardScan : Scan<ForwardProblem> {
     }
     for_equal_panels<A>(
         r.gates, member.units.begin, member.units.end, [&](int64_t unit, int vectors, int panels) {
-          const int64_t highest = max_rows(r.gates * vectors);
+          const bool across = r.packed && goes_across<W>(rows, p_.R, r.gates * vectors);
+          const int64_t highest = across ? kAcrossRows : max_rows(r.gates * vectors);
           const int64_t width = int64_t(r.gates) * vectors * L;
-          const int64_t most = panels_of_block(rows, highest, width);
+          const int64_t most = across ? kAcrossPanels : panels_of_block(rows, highest, width);
           for_each_in(
               turn(parity), quotient(panels + most - 1, most), [&](int64_t i, int64_t next) {
                 const int64_t p = i * most, left = panels - p;
@@ -486,15 +488,13 @@ class ForwardScan : Scan<ForwardProblem> {
     }
     if (at.saved && !info_.norm_gates && which == info_.two_products())
       fetch_results(at, m, height, unit, panels * vectors * L);
-    const int at_once = height == 1 && r.packed ? 2 : 1;
-    for_each_in(
-        turn(parity), at_once == 2 ? (panels + 1) / 2 : panels, [&](int64_t i, int64_t after) {
-          const int64_t p = i * at_once;
-          const int n = panels - p < at_once ? 1 : at_once;
-          product(r.gates, m, height, p_.R, a, lda, w, p_.H, r.packed, unit + p * vectors * L,
-                  after == i ? next : unit + after * at_once * vectors * L, vectors, n,
-                  info_.norm_gates ? kZeros : bias + p * width, out + p * width, ldo);
-        });
+    for_panels_at_once<W>(r.packed ? height : 0, p_.R, r.gates, unit, unit + panels * vectors * L,
+                          turn(parity), [&](int64_t u, int, int at_once, int64_t after) {
+                            const int64_t column = (u - unit) * r.gates;
+                            product(r.gates, m, height, p_.R, a, lda, w, p_.H, r.packed, u,
+                                    after == u ? next : after, vectors, at_once,
+                                    info_.norm_gates ? kZeros : bias + column, out + column, ldo);
+                          });
     if (!info_.norm_gates)
       apply_cell(member, at, m, height, which, unit, vectors, panels, products, ldo);
   }
@@ -587,19 +587,19 @@ class ForwardScan : Scan<ForwardProblem> {
 
   // h = W_hr (o tanh c), for an LSTM with projection.
   void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
-    alignas(64) A projected[kMaxRows * kPanelWidth];
+    alignas(64) A projected[kMaxRows * kAcrossPanels * kPanelWidth];
     const int64_t at_once = task.packed.hr ? rows : 0;
-    for_panels_at_once<A>(
-        at_once, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels, int64_t next) {
+    for_panels_at_once<W>(
+        at_once, p_.H, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels, int64_t next) {
           for (int64_t m = 0; m < rows; m += kMaxRows) {
             const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
             product(1, m, height, p_.H, at.own + m * Hp_, Hp_,
                     static_cast<const S*>(task.weights.hr), p_.R, task.packed.hr, unit, next,
-                    vectors, panels, kZeros, projected, vectors * L);
+                    vectors, panels, kZeros, projected, panels * vectors * L);
             for (int64_t i = m; i < m + height; ++i)
               for (int v = 0; v < panels * vectors; ++v) {
                 const int64_t u = unit + v * L;
-                Vector<A> h = load(projected + ((i - m) * vectors + v) * L);
+                Vector<A> h = load(projected + ((i - m) * panels * vectors + v) * L);
                 if (at.zoned) h = zone_out(at, 0, i, u, p_.R - u, load(at.before + i * Rp_ + u), h);
                 h = emit_h(at, i, u, h);
                 if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);

@@ -61,25 +61,28 @@ FUSED_RNN_INLINE void for_each_in(Way way, int64_t count, Body body) {
   }
 }
 
-// Calls body(first_unit, vectors, panels, next_unit) for what a product of so many rows takes of
-// them at once.
-template <class A, class Body>
-FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,
-                                         Way way, Body body) {
-  const int64_t one = panel_units<A>(gates), two = 2 * one;
-  const int64_t twos = rows == 1 ? quotient(end - begin, two) : 0, singles = begin + twos * two;
+// Calls body(first_unit, vectors, panels, next_unit) for what a product of so many rows and K takes
+// of them at once.
+template <class W, class Body>
+FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int64_t K, int gates, int64_t begin,
+                                         int64_t end, Way way, Body body) {
+  using A = Accumulate<W>;
+  const int64_t one = panel_units<A>(gates);
+  const int at_once = panels_at_once<W>(rows, K, int(one / kLanes<A>) * gates);
+  const int64_t group = at_once * one, groups = at_once > 1 ? quotient(end - begin, group) : 0;
+  const int64_t singles = begin + groups * group;
   const auto first_of = [&](int64_t i) {
-    return i < twos ? begin + i * two : singles + (i - twos) * one;
+    return i < groups ? begin + i * group : singles + (i - groups) * one;
   };
-  for_each_in(way, twos + quotient(end - singles + one - 1, one), [&](int64_t i, int64_t next) {
+  for_each_in(way, groups + quotient(end - singles + one - 1, one), [&](int64_t i, int64_t next) {
     const int64_t unit = first_of(i), width = end - unit < one ? end - unit : one;
-    body(unit, int(width / kLanes<A>), i < twos ? 2 : 1, first_of(next));
+    body(unit, int(width / kLanes<A>), i < groups ? at_once : 1, first_of(next));
   });
 }
-template <class A, class Body>
-FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int gates, int64_t begin, int64_t end,
-                                         Body body) {
-  for_panels_at_once<A>(rows, gates, begin, end, Way::kForth, body);
+template <class W, class Body>
+FUSED_RNN_INLINE void for_panels_at_once(int64_t rows, int64_t K, int gates, int64_t begin,
+                                         int64_t end, Body body) {
+  for_panels_at_once<W>(rows, K, gates, begin, end, Way::kForth, body);
 }
 
 // Vector `v` of a packed panel: where its first row stands, and how far the next.
@@ -260,7 +263,7 @@ void dot_left(int64_t M, int64_t K, const A* a, const A* w, int gates, int64_t H
           A* const to = sums + row * n * L;
           for_pieces<A>(K, [&](Depth piece) {
             kTiles<A, A, Left::kRows, Right::kPanel>.at[n - 1][height - 1](
-                piece, rows + row * K + piece.first, K, a + m * K, 0, piece.first ? to : nullptr,
+                {piece, rows + row * K + piece.first, K, a + m * K, 0}, piece.first ? to : nullptr,
                 n * L, to, n * L);
           });
         });
@@ -299,7 +302,7 @@ void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A*
     if (whole > 0)
       for_row_tiles<A, S, Left::kRows, Right::kRows>(
           M, whole, [&](int64_t m, int64_t, TileFunction<A, S> tile) {
-            tile(H, left + m * lda, lda, rows, N, before ? before + m * ld_before : nullptr,
+            tile({H, left + m * lda, lda, rows, N}, before ? before + m * ld_before : nullptr,
                  ld_before, out + m * ldo, ldo);
           });
     for (int v = whole; v < vectors; ++v) {

@@ -4,6 +4,8 @@
 // the number of threads.
 #pragma once
 
+#include <array>
+
 #include "simd.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
@@ -81,36 +83,52 @@ enum class Left {
 
 // Where w[k, v] of the right operand stands.
 enum class Right {
-  kPanel,  // packed: strips of kStrip vectors one after another, each [K, width]; ldw is how many
-           // bytes behind its own first row the lines stand that a tile fetches, 0: none
-  kRows,   // w[k * ldw + v * L]: a matrix as it is
+  kPanel,   // packed: strips of kStrip vectors one after another, each [K, width]; ldw is how many
+            // bytes behind its own first row the lines stand that a tile fetches, 0: none
+  kAcross,  // the same of panels of one strip, and vectors of more than one panel; what is fetched
+            // is what the next tile over these panels takes
+  kRows,    // w[k * ldw + v * L]: a matrix as it is
+};
+
+// What a tile multiplies. Where `depth` is a piece of K, `a` begins with that, and w with the
+// panel.
+//
+// X is what `a` holds and W what w does: numbers of one type, or weights in their storage type,
+// which are then widened (or multiplied in pairs) where they are loaded.
+template <class X, class W>
+struct Term {
+  Depth depth;
+  const X* a;
+  int64_t lda;
+  const W* w;
+  int64_t ldw;
+  int column = 0;  // with kAcross: the first vector, counted from w on
 };
 
 // c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors. `add` may be null (zero),
 // have ld_add = 0 (a bias for every row), or be c itself (accumulate). It is added last: a long
-// accumulation in pieces then loses less than one that starts from a large sum. Where `depth` is a
-// piece of K, `a` begins with that, and w with the panel.
-//
-// X is what `a` holds and W what w does: numbers of one type, or weights in their storage type,
-// which are then widened (or multiplied in pairs) where they are loaded.
+// accumulation in pieces then loses less than one that starts from a large sum.
 //
 // A high tile has time to fetch a line for each row of a panel, and fetches what other tiles will
 // read: of a far cache the processor looks ahead too little by itself, and waits at every page.
 template <class X, class W, Left kLeft, Right kRight, int M, int NV, int kPanels = 1>
-void tile(Depth depth, const X* a, int64_t lda, const W* w, int64_t ldw, const Accumulate<X>* add,
-          int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
+void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accumulate<X>* c,
+          int64_t ldc) {
   using A = Accumulate<X>;
   constexpr int L = kLanes<A>;
-  static_assert(kDepth<W> == 1 || (kLeft == Left::kRows && kRight == Right::kPanel));
+  static_assert(kDepth<W> == 1 || (kLeft == Left::kRows && kRight != Right::kRows));
+  constexpr bool kAcross = kRight == Right::kAcross;
   constexpr int kStrips = kRight == Right::kPanel ? (NV + kStrip - 1) / kStrip : 1;  // of a panel
+  constexpr int kStarts = kAcross ? NV : kPanels * kStrips;                          // in w
   constexpr int kVectors = kPanels * NV;
   if constexpr (M > max_rows_at_once(NV)) {
     static_assert(NV == 2 * kStrip && kPanels == 1);
     constexpr int64_t width = kStrip * L;
-    const int64_t second = kRight == Right::kPanel ? packed_rows<W>(depth.all) * width : width;
-    tile<X, W, kLeft, kRight, M, kStrip>(depth, a, lda, w, ldw, add, ld_add, c, ldc);
-    tile<X, W, kLeft, kRight, M, kStrip>(depth, a, lda, w + second, ldw,
-                                         add ? add + width : nullptr, ld_add, c + width, ldc);
+    tile<X, W, kLeft, kRight, M, kStrip>(term, add, ld_add, c, ldc);
+    Term<X, W> second = term;
+    second.w += kRight == Right::kPanel ? packed_rows<W>(term.depth.all) * width : width;
+    tile<X, W, kLeft, kRight, M, kStrip>(second, add ? add + width : nullptr, ld_add, c + width,
+                                         ldc);
     return;
   } else {
     Vector<A> sum[M][kVectors];
@@ -119,26 +137,41 @@ void tile(Depth depth, const X* a, int64_t lda, const W* w, int64_t ldw, const A
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
     const auto width = [](int s) { return NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip; };
-    const int64_t K = depth.count;
-    const W* strips[kPanels][kStrips];
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 4
-      for (int s = 0; s < kStrips; ++s)
-        strips[p][s] = w + ((p * NV + s * kStrip) * packed_rows<W>(depth.all) +
-                            width(s) * (depth.first / kDepth<W>)) *
-                               L;
+    const X* a = term.a;
+    const W* w = term.w;
+    const int64_t K = term.depth.count, lda = term.lda, ldw = term.ldw;
+    const int64_t rows = packed_rows<W>(term.depth.all), above = term.depth.first / kDepth<W>;
+    const auto across = [&](int column) __attribute__((always_inline)) {
+      return w + ((column / kStrip * rows + above) * kStrip + column % kStrip) * L;
+    };
+    const W* starts[kStarts];
+#pragma GCC unroll 8
+    for (int i = 0; i < kStarts; ++i) {
+      const int p = i / kStrips, s = i % kStrips;
+      starts[i] = kAcross ? across(term.column + i)
+                          : w + ((p * NV + s * kStrip) * rows + width(s) * above) * L;
+    }
     // Vector v of w, in a row of panels or of w itself that starts `row` vectors behind.
     const auto weight = [&](int v, int64_t row) __attribute__((always_inline)) {
+      if constexpr (kAcross) return load_packed(starts[v]);
       const int s = v % NV / kStrip;
       return load_packed(kRight == Right::kPanel
-                             ? strips[v / NV][s] + row * width(s) + v % NV % kStrip * L
+                             ? starts[v / NV * kStrips + s] + row * width(s) + v % NV % kStrip * L
                              : w + v * L);
     };
-    const char* coming = reinterpret_cast<const char*>(strips[0][0]) + ldw;
+    const auto address = [](const W* w) { return reinterpret_cast<const char*>(w); };
+    const char* coming = address(starts[0]) + ldw;
     const int64_t line = kRight == Right::kPanel && ldw ? kLine : 0;
+    int64_t ahead[kStarts] = {};  // bytes from each start to what is fetched with it
+    for (int i = 0; kAcross && ldw && i < kStarts; ++i) {
+      const int next = term.column + NV + i, all = kStrip * NV;
+      ahead[i] = address(across(next % all)) - address(starts[i]) + (next < all ? 0 : ldw);
+    }
     const auto fetch = [&]() __attribute__((always_inline)) {
-      if constexpr (kRight == Right::kPanel && M >= kFetchingRows) {
+      if constexpr (kAcross) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kStarts; ++i) __builtin_prefetch(address(starts[i]) + ahead[i], 0, 2);
+      } else if constexpr (kRight == Right::kPanel && M >= kFetchingRows) {
         __builtin_prefetch(coming, 0, 2);
         coming += line;
       }
@@ -192,10 +225,8 @@ void tile(Depth depth, const X* a, int64_t lda, const W* w, int64_t ldw, const A
               [&](int m) __attribute__((always_inline)) {
                 return broadcast<n()>(kLeft == Left::kRows ? a + m * lda + part : a + m);
               });
-#pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 4
-          for (int s = 0; s < kStrips; ++s) strips[p][s] += width(s) * L;
+#pragma GCC unroll 8
+        for (int i = 0; i < kStarts; ++i) starts[i] += (kAcross ? kStrip : width(i % kStrips)) * L;
         if constexpr (kRight == Right::kRows) w += ldw;
         a += kLeft == Left::kRows ? n() : lda;
       };
@@ -219,8 +250,8 @@ void tile(Depth depth, const X* a, int64_t lda, const W* w, int64_t ldw, const A
 }
 
 template <class X, class W = X>
-using TileFunction = void (*)(Depth, const X*, int64_t, const W*, int64_t, const Accumulate<X>*,
-                              int64_t, Accumulate<X>*, int64_t);
+using TileFunction = void (*)(const Term<X, W>&, const Accumulate<X>*, int64_t, Accumulate<X>*,
+                              int64_t);
 
 template <class X, class W, Left kLeft, Right kRight>
 struct TileTable {
@@ -267,13 +298,50 @@ FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
   });
 }
 
-// The same over `panels` packed ones: two only of one row.
+// Tiles over three vectors have up to nine rows, and four of them go through three panels: that is
+// for rows of which more tiles over a panel would be needed, each of which reads it again, where L1
+// does not hold it.
+constexpr int kAcrossVectors = 3, kAcrossPanels = 3;
+constexpr int kAcrossRows = fitting_rows(kAcrossVectors), kLeastAcross = 5;
+constexpr int64_t kPanelOfL1 = 24576;  // bytes
+template <class W>
+constexpr bool goes_across(int64_t rows, int64_t K, int vectors) {
+  constexpr int high = max_rows(kMaxVectors);
+  const bool fewer =
+      (rows > high && rows <= kAcrossRows) || (rows > 2 * high && rows <= 2 * kAcrossRows);
+  return kStrip == kMaxVectors && vectors == kMaxVectors && fewer &&
+         packed_rows<W>(K) * vectors * kLanes<Accumulate<W>> * int64_t(sizeof(W)) >= kPanelOfL1;
+}
+template <class X, class W, int... m>
+constexpr auto across_tiles(std::integer_sequence<int, m...>) {
+  return std::array{tile<X, W, Left::kRows, Right::kAcross, kLeastAcross + m, kAcrossVectors>...};
+}
+
+// How many panels a product of so many rows takes at once, where so many of full width are left.
+template <class W>
+constexpr int panels_at_once(int64_t rows, int64_t K, int vectors) {
+  return rows == 1 ? 2 : goes_across<W>(rows, K, vectors) ? kAcrossPanels : 1;
+}
+
+// Calls body(first_row, column, tile) for the tiles over so many rows of `panels` packed ones,
+// where these are as many as panels_at_once() or one; `column` is the first of their vectors in the
+// tile.
 template <class X, class W, class Body>
 FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int panels, int vectors, Body body) {
   static constexpr TileFunction<X, W> kTwo[] = {kTwoPanels<X, W, 1>, kTwoPanels<X, W, 2>,
                                                 kTwoPanels<X, W, 3>, kTwoPanels<X, W, 4>};
-  if (panels == 2) return body(0, 1, kTwo[vectors - 1]);
-  for_row_tiles<X, W, Left::kRows, Right::kPanel>(rows, vectors, body);
+  if (panels == 2) return body(0, 0, kTwo[vectors - 1]);
+  if constexpr (kStrip == kMaxVectors) {
+    static constexpr auto kTall =
+        across_tiles<X, W>(std::make_integer_sequence<int, kAcrossRows - kLeastAcross + 1>{});
+    if (panels == kAcrossPanels)
+      return for_heights(rows, kAcrossRows, [&](int64_t m, int64_t height) {
+        for (int column = 0; column < panels * vectors; column += kAcrossVectors)
+          body(m, column, kTall[size_t(height - kLeastAcross)]);
+      });
+  }
+  for_row_tiles<X, W, Left::kRows, Right::kPanel>(
+      rows, vectors, [&](int64_t m, int64_t, TileFunction<X, W> tile) { body(m, 0, tile); });
 }
 
 // What the tile over the rows from m on fetches of that which stands `next` bytes behind its own
@@ -290,42 +358,60 @@ int64_t share_of(int64_t next, int64_t K, int vectors, int64_t m) {
   return before < bytes ? next + before : 0;
 }
 
-// c[m, :] = a[m, :] w + add, for so many rows and a packed panel, or two of one row. They are the
-// rows from `first` on of those that meet the panel, before the panel `next` (null: nothing is
-// fetched).
+// Rows of a left operand and the panels that they meet, before those from `next` on (null: nothing
+// is fetched).
 template <class X, class W>
-void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t lda, const W* w,
-                    const W* next, int vectors, int panels, const Accumulate<X>* add,
-                    int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
+struct PackedTerm {
+  int64_t K;
+  const X* a;
+  int64_t lda;
+  const W* w;
+  const W* next;
+};
+
+// c[m, :] = a[m, :] w + add, for so many rows and panels, one or panels_at_once(). They are the
+// rows from `first` on of those that meet the panels.
+template <class X, class W>
+void packed_product(int64_t first, int64_t rows, const PackedTerm<X, W>& of, int vectors,
+                    int panels, const Accumulate<X>* add, int64_t ld_add, Accumulate<X>* c,
+                    int64_t ldc) {
   using A = Accumulate<X>;
   constexpr int64_t L = kLanes<A>;
-  const int64_t away = next ? (next - w) * int64_t(sizeof(W)) : 0;
-  if (K <= kPiece<W>)
+  const int64_t next = of.next ? (of.next - of.w) * int64_t(sizeof(W)) : 0;
+  // What the tile over the rows from m on fetches of what stands so far behind.
+  const auto share = [&](int64_t behind, int64_t K, int64_t m) {
+    if (panels == kAcrossPanels) return m ? 0 : behind;
+    return share_of<W>(behind, K, vectors, m);
+  };
+  if (of.K <= kPiece<W>) {
     return for_row_tiles<X, W>(
-        rows, panels, vectors, [&](int64_t m, int64_t, TileFunction<X, W> tile) {
-          tile(K, a + m * lda, lda, w, share_of<W>(away, K, vectors, first + m),
-               add ? add + m * ld_add : nullptr, ld_add, c + m * ldc, ldc);
+        rows, panels, vectors, [&](int64_t m, int column, TileFunction<X, W> tile) {
+          const int64_t at = column * L;
+          tile({of.K, of.a + m * of.lda, of.lda, of.w, share(next, of.K, first + m), column},
+               add ? add + m * ld_add + at : nullptr, ld_add, c + m * ldc + at, ldc);
         });
+  }
   alignas(64) A sums[kRowsOfPiece * kMaxVectors * L];  // not in c, which may be `add`
-  const int64_t width = panels * vectors * L;
+  const int64_t width = panels * vectors * L, most = quotient(kRowsOfPiece, panels);
   const bool one_tile = rows <= max_rows(vectors);
-  for (int64_t begin = 0; begin < rows; begin += kRowsOfPiece) {
-    const int64_t count = rows - begin < kRowsOfPiece ? rows - begin : kRowsOfPiece;
-    for_pieces<W>(K, [&](Depth piece) {
+  for (int64_t begin = 0; begin < rows; begin += most) {
+    const int64_t count = rows - begin < most ? rows - begin : most;
+    for_pieces<W>(of.K, [&](Depth piece) {
       const int64_t k = piece.first;
       // Many rows wait for the next piece, which stands behind this one. One tile is followed by
       // others over the same pieces, and then by the next panel.
       constexpr int64_t kRow = kStrip * L * int64_t(sizeof(W));
-      const int64_t behind = k + piece.count < K ? packed_rows<W>(piece.count) * kRow
-                             : away              ? away - packed_rows<W>(k) * kRow
-                                                 : 0;
-      const int64_t coming = one_tile ? away : behind;
-      for_row_tiles<X, W>(count, panels, vectors, [&](int64_t m, int64_t, TileFunction<X, W> tile) {
-        A* const to = sums + m * width;
-        tile(piece, a + (begin + m) * lda + k, lda, w,
-             share_of<W>(coming, piece.count, vectors, one_tile ? first : m), k ? to : nullptr,
-             width, to, width);
-      });
+      const int64_t behind = k + piece.count < of.K ? packed_rows<W>(piece.count) * kRow
+                             : next                 ? next - packed_rows<W>(k) * kRow
+                                                    : 0;
+      const int64_t coming = one_tile ? next : behind;
+      for_row_tiles<X, W>(count, panels, vectors,
+                          [&](int64_t m, int column, TileFunction<X, W> tile) {
+                            A* const to = sums + m * width + column * L;
+                            tile({piece, of.a + (begin + m) * of.lda + k, of.lda, of.w,
+                                  share(coming, piece.count, one_tile ? first : m), column},
+                                 k ? to : nullptr, width, to, width);
+                          });
     });
     for (int64_t m = 0; m < count; ++m)
       for (int64_t i = 0; i < width; i += L) {

@@ -92,9 +92,9 @@ void forward_products(int64_t rows, int64_t K, int64_t H, int gates) {
     pack_transposed(w.data(), K, gates, H, K, unit, vectors,
                     packed.data() + unit * gates * packed_rows<W>(K));
   });
-  for_panels_at_once<A>(rows, gates, 0, Hp, [&](int64_t unit, int vectors, int panels, int64_t) {
+  for_panels_at_once<W>(rows, K, gates, 0, Hp, [&](int64_t unit, int vectors, int panels, int64_t) {
     const W* panel = packed.data() + unit * gates * packed_rows<W>(K);
-    packed_product<O, W>(0, rows, K, x.data(), ldx, panel, nullptr, gates * vectors, panels,
+    packed_product<O, W>(0, rows, {K, x.data(), ldx, panel, nullptr}, gates * vectors, panels,
                          bias.data() + unit * gates, 0, out.data() + unit * gates, gates * Hp);
   });
   compare("packed");
@@ -129,12 +129,12 @@ void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
       pack_rows(w.data(), gates, H, Hp, N, row / Hp, row % Hp, column, vectors,
                 packed.data() + column * packed_rows<W>(K));
   });
-  for_panels_at_once<A>(
-      rows, 1, 0, Np, turn(rows), [&](int64_t column, int vectors, int panels, int64_t next) {
+  for_panels_at_once<W>(
+      rows, K, 1, 0, Np, turn(rows), [&](int64_t column, int vectors, int panels, int64_t next) {
         const W* const all = packed.data();
-        packed_product<O, W>(0, rows, K, d.data(), K, all + column * packed_rows<W>(K),
-                             all + next * packed_rows<W>(K), vectors, panels, out.data() + column,
-                             Np, out.data() + column, Np);
+        const int64_t size = packed_rows<W>(K);
+        packed_product<O, W>(0, rows, {K, d.data(), K, all + column * size, all + next * size},
+                             vectors, panels, out.data() + column, Np, out.data() + column, Np);
       });
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < Np; ++n) {
@@ -180,6 +180,12 @@ void test() {
       for (const int gates : {1, 2, 3, 4}) forward_products<S>(rows, K, 71, gates);
   forward_products<S>(16, 7, 65, 1);  // a last block of padding alone
   for (const int64_t rows : {1, 16}) forward_products<S>(rows, 2100, 35, 3);  // in pieces of K
+  for (const int64_t rows : {7, 8, 9, 13, 18}) {  // across panels, some of which are left
+    forward_products<S>(rows, 201, 71, 4);
+    forward_products<S>(rows, 201, 200, 1);
+    backward_product<S>(rows, 200, 71, 4);
+  }
+  forward_products<S>(16, 2100, 63, 4);  // and in pieces of K
   for (const int64_t rows : {1, 2, 7})
     for (const int64_t N : {5, 151}) backward_product<S>(rows, N, 19, 3);
   backward_product<S>(59, 151, 1501, 3);  // in pieces of K
