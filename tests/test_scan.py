@@ -217,6 +217,11 @@ def test_accuracy_with_projection(options: dict[str, Any], dtype: torch.dtype) -
     judge_scan("lstm", 5, 5, 6, 19, proj=5, dtype=dtype, **options)
 
 
+@pytest.mark.parametrize("B", [8, 14, 18, 19])
+def test_accuracy_with_projection_across_panels(B: int) -> None:
+    judge_scan("lstm", 2, B, 3, 200, proj=193, dtype=torch.float32)
+
+
 def test_thinned_options_hold_what_they_promise() -> None:
     def choices(options: dict[str, Any]) -> list[Any]:
         layout = {

@@ -587,12 +587,13 @@ class ForwardScan : Scan<ForwardProblem> {
 
   // h = W_hr (o tanh c), for an LSTM with projection.
   void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
-    alignas(64) A projected[kMaxRows * kAcrossPanels * kPanelWidth];
+    constexpr int64_t most = std::max(kMaxRows, kMostAcross);  // rows whose results are kept
+    alignas(64) A projected[most * kAcrossPanels * kPanelWidth];
     const int64_t at_once = task.packed.hr ? rows : 0;
     for_panels_at_once<W>(
         at_once, p_.H, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels, int64_t next) {
-          for (int64_t m = 0; m < rows; m += kMaxRows) {
-            const int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+          for (int64_t m = 0; m < rows; m += most) {
+            const int64_t height = rows - m < most ? rows - m : most;
             product(1, m, height, p_.H, at.own + m * Hp_, Hp_,
                     static_cast<const S*>(task.weights.hr), p_.R, task.packed.hr, unit, next,
                     vectors, panels, kZeros, projected, panels * vectors * L);

@@ -4,6 +4,7 @@
 // the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "simd.h"
@@ -303,12 +304,13 @@ FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
 // does not hold it.
 constexpr int kAcrossVectors = 3, kAcrossPanels = 3;
 constexpr int kAcrossRows = fitting_rows(kAcrossVectors), kLeastAcross = 5;
+constexpr int kMostAcross = 2 * kAcrossRows;
 constexpr int64_t kPanelOfL1 = 24576;  // bytes
 template <class W>
 constexpr bool goes_across(int64_t rows, int64_t K, int vectors) {
   constexpr int high = max_rows(kMaxVectors);
   const bool fewer =
-      (rows > high && rows <= kAcrossRows) || (rows > 2 * high && rows <= 2 * kAcrossRows);
+      (rows > high && rows <= kAcrossRows) || (rows > 2 * high && rows <= kMostAcross);
   return kStrip == kMaxVectors && vectors == kMaxVectors && fewer &&
          packed_rows<W>(K) * vectors * kLanes<Accumulate<W>> * int64_t(sizeof(W)) >= kPanelOfL1;
 }
@@ -391,8 +393,9 @@ void packed_product(int64_t first, int64_t rows, const PackedTerm<X, W>& of, int
                add ? add + m * ld_add + at : nullptr, ld_add, c + m * ldc + at, ldc);
         });
   }
-  alignas(64) A sums[kRowsOfPiece * kMaxVectors * L];  // not in c, which may be `add`
-  const int64_t width = panels * vectors * L, most = quotient(kRowsOfPiece, panels);
+  constexpr int64_t kSums = std::max(kRowsOfPiece, int64_t(kMostAcross) * kAcrossPanels);
+  alignas(64) A sums[kSums * kMaxVectors * L];  // not in c, which may be `add`
+  const int64_t width = panels * vectors * L, most = panels > 1 ? kMostAcross : kRowsOfPiece;
   const bool one_tile = rows <= max_rows(vectors);
   for (int64_t begin = 0; begin < rows; begin += most) {
     const int64_t count = rows - begin < most ? rows - begin : most;
