@@ -41,8 +41,9 @@ def freeze(
     The copy is in eval mode and none of its parameters requires a gradient. Its recurrent layers,
     torch.nn's and ours, are `FrozenLayer`s and `FrozenCell`s, which are called as before and give
     the same results, but have no parameters: what happens to the weights of `model` later does not
-    reach them, and a `state_dict` has nothing of them. `model` stays as it is, and its recurrent
-    weights are not copied a second time. `model` itself may be a layer.
+    reach them, and a `state_dict` has nothing of them. A sequence has the same bits in a batch of
+    any size. `model` stays as it is, and its recurrent weights are not copied a second time.
+    `model` itself may be a layer.
 
     A frozen layer works under torch.compile and torch.export, and can be copied and pickled, but
     only loaded where the same instruction set is in use (`python -m fused_rnn.info`): elsewhere

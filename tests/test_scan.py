@@ -747,22 +747,57 @@ def test_saturated_gates(cell: str, value: float, dtype: torch.dtype) -> None:
     judge_scan(cell, 4, 3, 5, 19, dtype=dtype, change=saturate)
 
 
-@each_cell
-@pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e-42])
-def test_tiny_numbers(cell: str, scale: float) -> None:
-    """Down to denormals: small, not lost."""
+def test_every_half_number_passes_through() -> None:
+    """Those below the smallest normal, too: as floats they are not small."""
+    numbers = torch.arange(0x7C01, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]
+    ones, zeros = torch.ones_like(numbers[:1]), torch.zeros_like(numbers[:1])
+    output, *_ = ops.inference(
+        "rnn_relu", numbers, None, zeros.expand_as(numbers), None, [ones, zeros], 1, False, False
+    )
+    assert torch.equal(output, numbers)
+
+
+def scaled(cell: str, scale: float) -> Arguments:
+    """A question without biases whose answer is as small as the states and the input."""
     # A norm multiplies by 1/sqrt(eps) what the products have lost, at every step.
     args = make_arguments(cell, 1 if norms(cell) else 4, 3, 5, 19, bias=False)
     args = args._replace(h0=args.h0 * scale, input=args.input * scale)
-    args = args._replace(c0=args.c0 * scale if has_c(cell) else None)
+    return args._replace(c0=args.c0 * scale if has_c(cell) else None)
+
+
+@each_cell
+@pytest.mark.parametrize("scale", [1e-30, 1e-34])
+def test_tiny_numbers(cell: str, scale: float) -> None:
+    """Small, not lost."""
+    args = scaled(cell, scale)
     exact = by_reference(args.map(Tensor.double))
-    smallest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
-    if norms(cell):
-        smallest *= 316
+    smallest = torch.finfo(torch.float32).smallest_normal * (316 if norms(cell) else 1)
     for ours, truth in zip(by_ops(args), exact, strict=True):
         assert truth.abs().max() > 100 * smallest
         atol = max(1e-6 * scale, 20 * smallest)
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=atol)
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_numbers_below_the_smallest_normal_are_zero(
+    cell: str, dtype: torch.dtype, threads: int
+) -> None:
+    args = scaled(cell, 1.0).map(lambda t: t.to(dtype))
+    tiny = torch.finfo(dtype).smallest_normal / 16
+    states = args.h0, args.c0, args.input
+    assert all((t * tiny).abs().max() < torch.finfo(dtype).tiny for t in states if t is not None)
+
+    def times(factor: float) -> list[Tensor]:
+        h0, c0, input = (None if t is None else t * factor for t in states)
+        return everything(args._replace(h0=h0, c0=c0, input=input))
+
+    torch.set_num_threads(threads)
+    with fused_rnn.force_split("none" if threads == 1 else "units"):
+        assert_same(times(tiny), times(0.0))
+    # Outside the kernels they are what they were.
+    assert torch.tensor(tiny, dtype=dtype) * 1 == tiny > 0
 
 
 def test_cell_name_is_checked() -> None:

@@ -3,6 +3,7 @@
 
 #include "../core/arena.h"
 #include "cell_rows.h"
+#include "denormals.h"
 #include "norm.h"
 #include "pack.h"
 #include "strategy.h"
@@ -234,10 +235,14 @@ void run_scan(Scan& scan, int threads, const Runtime& runtime) {
   scan.lay_out(measure);
   Arena arena(runtime.allocate(runtime.host, measure.used()));
   scan.lay_out(arena);
-  if (threads == 1) return scan.run(0, 1);
+  if (threads == 1) {
+    const ZeroDenormals zero;
+    return scan.run(0, 1);
+  }
   runtime.parallel(
       threads,
       [](int begin, int end, void* s) {
+        const ZeroDenormals zero;
         begin_together();
         static_cast<Scan*>(s)->run(begin, end);
       },

@@ -85,6 +85,7 @@ FUSED_RNN_INLINE void store(A* p, Vector<A> v) {
 }
 
 typedef uint32_t U32Vector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t I32Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t U16Vector __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t U16Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
@@ -132,17 +133,19 @@ FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
 }
 #else
-// binary16 by integer arithmetic. The exponent is rebiased by a multiplication, which also brings
-// subnormals to their place.
+// binary16 by integer arithmetic, without a denormal float. What is subnormal is a multiple of
+// 2^-24.
 FUSED_RNN_INLINE Vector<float> load(const Float16* p) {
   const U32Vector bits =
       __builtin_convertvector(*reinterpret_cast<const U16Unaligned*>(p), U32Vector);
-  const U32Vector magnitude = (bits & 0x7fff) << 13;
-  const Vector<float> scaled = reinterpret_cast<Vector<float>>(magnitude) * 0x1p112f;
-  const U32Vector special = reinterpret_cast<U32Vector>((bits & 0x7fff) >= 0x7c00);
-  const U32Vector finite = reinterpret_cast<U32Vector>(scaled);
-  return reinterpret_cast<Vector<float>>(((bits & 0x8000) << 16) | (finite & ~special) |
-                                         ((magnitude | 0x7f800000) & special));
+  const U32Vector magnitude = bits & 0x7fff;
+  const U32Vector special = reinterpret_cast<U32Vector>(magnitude >= 0x7c00);
+  const U32Vector subnormal = reinterpret_cast<U32Vector>(magnitude < 0x400);
+  const U32Vector normal = ((magnitude << 13) + (112u << 23)) | (special & 0x7f800000);
+  const Vector<float> small =
+      __builtin_convertvector(reinterpret_cast<I32Vector>(magnitude), Vector<float>) * 0x1p-24f;
+  return reinterpret_cast<Vector<float>>(((bits & 0x8000) << 16) | (normal & ~subnormal) |
+                                         (reinterpret_cast<U32Vector>(small) & subnormal));
 }
 FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
   const U32Vector bits = reinterpret_cast<U32Vector>(v);
@@ -156,7 +159,13 @@ FUSED_RNN_INLINE void store(Float16* p, Vector<float> v) {
   const Vector<float> anchored =
       reinterpret_cast<Vector<float>>(magnitude) + reinterpret_cast<Vector<float>>(anchor);
   const Vector<float> rounded = anchored - reinterpret_cast<Vector<float>>(anchor);
-  const U32Vector half = reinterpret_cast<U32Vector>(rounded * 0x1p-112f) >> 13;
+  const I32Vector below = rounded < 0x1p-14f;
+  const U32Vector subnormal = reinterpret_cast<U32Vector>(below);
+  const Vector<float> bounded = below ? rounded : Vector<float>{};
+  const U32Vector multiple =
+      reinterpret_cast<U32Vector>(__builtin_convertvector(bounded * 0x1p24f, I32Vector));
+  const U32Vector normal = (reinterpret_cast<U32Vector>(rounded) >> 13) - (112u << 10);
+  const U32Vector half = (multiple & subnormal) | (normal & ~subnormal);
   const U32Vector overflow =
       reinterpret_cast<U32Vector>(reinterpret_cast<Vector<float>>(magnitude) >= 65520.0f);
   const U32Vector is_nan = reinterpret_cast<U32Vector>(v != v);
