@@ -704,7 +704,7 @@ def test_values_are_what_they_are_called(
         for tensor in (disturbed.input, disturbed.d_output, *disturbed.hx):
             assert holds(tensor)
         assert 0.1 < ordinary.input.abs().mean() < 10
-        if case == "denormal":  # and it remains so in torch.nn's output and gradients; ours has zero
+        if case == "denormal":  # so are torch.nn's output and gradients, and ours are zero
             for value in work.evaluate(layer, disturbed)[:2]:
                 assert value.abs().max() < 1e-37
                 assert value.any() == isinstance(layer, torch.nn.LSTM)

@@ -573,7 +573,7 @@ class BackwardScan : Scan<BackwardProblem> {
                           vectors, add, ld_add, out, ldo);
     const int64_t K = gates * padded;
     const W* panel = packed + column * packed_rows<W>(K);
-    packed_product<O, W>(first, rows, {K, a, lda, panel, fetched(packed, 1, K, column, next)},
+    packed_product<O, W>(first, rows, K, a, lda, panel, fetched(packed, 1, K, column, next),
                          vectors, panels, add, ld_add, out, ldo);
   }
 

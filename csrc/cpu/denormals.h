@@ -1,5 +1,5 @@
-// Numbers below the smallest normal are zero to the kernels. Intel's processors take some 150
-// cycles for an instruction that meets one, and they are common where gradients vanish.
+// Numbers below the smallest normal are zero to the kernels. Intel's processors leave the fast path
+// for every instruction that meets one, and they are common where gradients vanish.
 #pragma once
 
 #include <stdint.h>

@@ -318,7 +318,7 @@ class ForwardScan : Scan<ForwardProblem> {
                int panels, const A* bias, A* out, int64_t ldo) const {
     if (!packed) return dot<S>(rows, K, x, ldx, w, gates, units, unit, vectors, bias, out, ldo);
     const W* panel = packed + unit * gates * packed_rows<W>(K);
-    packed_product<O, W>(first, rows, {K, x, ldx, panel, fetched(packed, gates, K, unit, next)},
+    packed_product<O, W>(first, rows, K, x, ldx, panel, fetched(packed, gates, K, unit, next),
                          gates * vectors, panels, bias, 0, out, ldo);
   }
 

@@ -155,7 +155,7 @@ void multiply(int64_t step, int64_t rows, int64_t K, int64_t columns, const floa
               const float* w, float* out) {
   for_panels_at_once<float>(
       rows, K, 1, 0, columns, turn(step), [&](int64_t column, int vectors, int panels, int64_t) {
-        packed_product<float, float>(0, rows, {K, a, K, w + column * K, nullptr}, vectors, panels,
+        packed_product<float, float>(0, rows, K, a, K, w + column * K, nullptr, vectors, panels,
                                      nullptr, 0, out + column, columns);
       });
 }

@@ -303,7 +303,8 @@ FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
 // for rows of which more tiles over a panel would be needed, each of which reads it again, where L1
 // does not hold it.
 constexpr int kAcrossVectors = 3, kAcrossPanels = 3;
-constexpr int kAcrossRows = fitting_rows(kAcrossVectors), kLeastAcross = 5;
+constexpr int kAcrossRows = fitting_rows(kAcrossVectors);
+constexpr int kLeastAcross = 5;  // 13 rows are 8 and 5
 constexpr int kMostAcross = 2 * kAcrossRows;
 constexpr int64_t kPanelOfL1 = 24576;  // bytes
 template <class W>
@@ -360,58 +361,47 @@ int64_t share_of(int64_t next, int64_t K, int vectors, int64_t m) {
   return before < bytes ? next + before : 0;
 }
 
-// Rows of a left operand and the panels that they meet, before those from `next` on (null: nothing
-// is fetched).
-template <class X, class W>
-struct PackedTerm {
-  int64_t K;
-  const X* a;
-  int64_t lda;
-  const W* w;
-  const W* next;
-};
-
 // c[m, :] = a[m, :] w + add, for so many rows and panels, one or panels_at_once(). They are the
-// rows from `first` on of those that meet the panels.
+// rows from `first` on of those that meet the panels, before the panels `next` (null: nothing is
+// fetched).
 template <class X, class W>
-void packed_product(int64_t first, int64_t rows, const PackedTerm<X, W>& of, int vectors,
-                    int panels, const Accumulate<X>* add, int64_t ld_add, Accumulate<X>* c,
-                    int64_t ldc) {
+void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t lda, const W* w,
+                    const W* next, int vectors, int panels, const Accumulate<X>* add,
+                    int64_t ld_add, Accumulate<X>* c, int64_t ldc) {
   using A = Accumulate<X>;
   constexpr int64_t L = kLanes<A>;
-  const int64_t next = of.next ? (of.next - of.w) * int64_t(sizeof(W)) : 0;
+  const int64_t away = next ? (next - w) * int64_t(sizeof(W)) : 0;
   // What the tile over the rows from m on fetches of what stands so far behind.
-  const auto share = [&](int64_t behind, int64_t K, int64_t m) {
+  const auto share = [&](int64_t behind, int64_t count, int64_t m) {
     if (panels == kAcrossPanels) return m ? 0 : behind;
-    return share_of<W>(behind, K, vectors, m);
+    return share_of<W>(behind, count, vectors, m);
   };
-  if (of.K <= kPiece<W>) {
+  if (K <= kPiece<W>)
     return for_row_tiles<X, W>(
         rows, panels, vectors, [&](int64_t m, int column, TileFunction<X, W> tile) {
           const int64_t at = column * L;
-          tile({of.K, of.a + m * of.lda, of.lda, of.w, share(next, of.K, first + m), column},
+          tile({K, a + m * lda, lda, w, share(away, K, first + m), column},
                add ? add + m * ld_add + at : nullptr, ld_add, c + m * ldc + at, ldc);
         });
-  }
   constexpr int64_t kSums = std::max(kRowsOfPiece, int64_t(kMostAcross) * kAcrossPanels);
   alignas(64) A sums[kSums * kMaxVectors * L];  // not in c, which may be `add`
   const int64_t width = panels * vectors * L, most = panels > 1 ? kMostAcross : kRowsOfPiece;
   const bool one_tile = rows <= max_rows(vectors);
   for (int64_t begin = 0; begin < rows; begin += most) {
     const int64_t count = rows - begin < most ? rows - begin : most;
-    for_pieces<W>(of.K, [&](Depth piece) {
+    for_pieces<W>(K, [&](Depth piece) {
       const int64_t k = piece.first;
       // Many rows wait for the next piece, which stands behind this one. One tile is followed by
       // others over the same pieces, and then by the next panel.
       constexpr int64_t kRow = kStrip * L * int64_t(sizeof(W));
-      const int64_t behind = k + piece.count < of.K ? packed_rows<W>(piece.count) * kRow
-                             : next                 ? next - packed_rows<W>(k) * kRow
-                                                    : 0;
-      const int64_t coming = one_tile ? next : behind;
+      const int64_t behind = k + piece.count < K ? packed_rows<W>(piece.count) * kRow
+                             : away              ? away - packed_rows<W>(k) * kRow
+                                                 : 0;
+      const int64_t coming = one_tile ? away : behind;
       for_row_tiles<X, W>(count, panels, vectors,
                           [&](int64_t m, int column, TileFunction<X, W> tile) {
                             A* const to = sums + m * width + column * L;
-                            tile({piece, of.a + (begin + m) * of.lda + k, of.lda, of.w,
+                            tile({piece, a + (begin + m) * lda + k, lda, w,
                                   share(coming, piece.count, one_tile ? first : m), column},
                                  k ? to : nullptr, width, to, width);
                           });

@@ -94,7 +94,7 @@ void forward_products(int64_t rows, int64_t K, int64_t H, int gates) {
   });
   for_panels_at_once<W>(rows, K, gates, 0, Hp, [&](int64_t unit, int vectors, int panels, int64_t) {
     const W* panel = packed.data() + unit * gates * packed_rows<W>(K);
-    packed_product<O, W>(0, rows, {K, x.data(), ldx, panel, nullptr}, gates * vectors, panels,
+    packed_product<O, W>(0, rows, K, x.data(), ldx, panel, nullptr, gates * vectors, panels,
                          bias.data() + unit * gates, 0, out.data() + unit * gates, gates * Hp);
   });
   compare("packed");
@@ -133,7 +133,7 @@ void backward_product(int64_t rows, int64_t N, int64_t H, int64_t gates) {
       rows, K, 1, 0, Np, turn(rows), [&](int64_t column, int vectors, int panels, int64_t next) {
         const W* const all = packed.data();
         const int64_t size = packed_rows<W>(K);
-        packed_product<O, W>(0, rows, {K, d.data(), K, all + column * size, all + next * size},
+        packed_product<O, W>(0, rows, K, d.data(), K, all + column * size, all + next * size,
                              vectors, panels, out.data() + column, Np, out.data() + column, Np);
       });
   for (int64_t m = 0; m < rows; ++m)
