@@ -59,11 +59,13 @@ class Pressure:
 def force_split(split: str | None) -> str | None: ...
 def schedule(
     cell: str,
+    B: int,
     H: int,
     dtype: str,
     *,
     sms: int,
     shared_per_block: int,
+    backward: bool = False,
     projected: bool = False,
     ragged: bool = False,
     controlled: bool = False,

@@ -461,6 +461,10 @@ def _route(
         tensors.append(c0)
     in_torch = len(options) <= 3 and hasattr(_VF, cell)
     route, reason = _choose(tensors, compiling, in_torch)
+    if route == "fused" and in_torch and input.is_cuda and ops.cudnn_first:
+        call = _Call(cell, input, batch_sizes, h0, c0, weights, *options)
+        if reason := _why_cudnn(call, compiling):
+            route = "torch"
     if route == "torch" and not in_torch:
         route = "reference"
     if not compiling and _log.isEnabledFor(DEBUG):
@@ -477,21 +481,24 @@ def _log_schedule(call: _Call) -> None:
     weights = reference.split_weights(call.cell, call.weights, call.num_layers * directions)[0]
     controls = call.controls
     ragged = call.batch_sizes is not None or (controls is not None and controls.lengths is not None)
-    plan = strategy.persistent_on(
-        *(call.input.device.index, call.cell, weights.units, call.input.dtype),
-        projected=weights.hr is not None,
-        ragged=ragged,
-        controlled=not ragged and controls is not None and controls.any,
-    )
-    text = strategy.describe_schedule(plan, strategy.forced_schedule())
-    _strategy_log.debug("%s forward H=%d: %s", call.cell, weights.units, text)
+    T, B, _ = _sizes(call)
+    if T == 0 or B == 0:
+        return
+    for backward in (False, True) if torch.is_grad_enabled() else (False,):
+        plan = strategy.persistent_on(
+            *(call.input.device.index, call.cell, B, weights.units, call.input.dtype),
+            backward=backward,
+            projected=weights.hr is not None,
+            ragged=ragged,
+            controlled=not ragged and controls is not None and controls.any,
+        )
+        text = strategy.describe_schedule(plan, strategy.forced_schedule())
+        way = "backward" if backward else "forward"
+        _strategy_log.debug("%s %s B=%d H=%d: %s", call.cell, way, B, weights.units, text)
 
 
-def _log_strategy(call: _Call) -> None:
-    from . import _C
-
-    directions = 2 if call.bidirectional else 1
-    weights = reference.split_weights(call.cell, call.weights, call.num_layers * directions)[0]
+def _sizes(call: _Call) -> tuple[int, int, int]:
+    """T, B, and the rows of all steps where the sequences have lengths of their own, or 0."""
     rows = 0
     if call.batch_sizes is not None:
         rows = call.input.shape[0]
@@ -503,6 +510,15 @@ def _log_strategy(call: _Call) -> None:
     if call.controls is not None and call.controls.lengths is not None:
         lengths = call.controls.lengths
         T, rows = max(lengths.tolist(), default=0), int(lengths.sum())
+    return T, B, rows
+
+
+def _log_strategy(call: _Call) -> None:
+    from . import _C
+
+    directions = 2 if call.bidirectional else 1
+    weights = reference.split_weights(call.cell, call.weights, call.num_layers * directions)[0]
+    T, B, rows = _sizes(call)
     if T == 0 or B == 0:
         return
     I, H = call.input.shape[-1], weights.units
@@ -557,9 +573,23 @@ def _choose(tensors: list[Tensor], compiling: bool, in_torch: bool) -> tuple[str
             return "torch", f"the kernels for cuda are off: {ops.cuda_off}"
         if not compiling and (reason := ops.cuda_device_off(tensors[0].device.index)):
             return "torch", f"there are no kernels for cuda: {reason}"
-        if in_torch and ops.cudnn_first:
-            return "torch", "cuDNN is faster so far (FUSED_RNN_CUDA_KERNELS=1 takes our kernels)"
     return "fused", ""
+
+
+def _why_cudnn(call: _Call, compiling: bool) -> str:
+    """Why cuDNN serves a call on a GPU that both can make, or nothing."""
+    if strategy.forced_schedule() is not None:
+        return ""
+    other = "(FUSED_RNN_CUDA_KERNELS=1 takes our kernels)"
+    if compiling:
+        return f"compiled calls are cuDNN's so far {other}"
+    H = call.weights[0].shape[0] // reference.CELLS[call.cell].gates
+    T, B, _ = _sizes(call)
+    plain = call.batch_sizes is None and call.weights[1].shape[1] == H and T > 0 and B > 0
+    where = call.input.device.index, call.cell, B, H, call.input.dtype
+    if plain and not strategy.cudnn_is_faster(*where, torch.is_grad_enabled()):
+        return ""
+    return f"cuDNN is faster {other}"
 
 
 def _onnx_is_recording() -> bool:

@@ -5,6 +5,7 @@ Ends with `OK` and status 0 when the layers agree with torch.nn, forward and bac
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import platform
@@ -34,8 +35,14 @@ SHAPES = (
     (64, 64, 512, 1, 1),
 )
 # Of layers on a GPU: units and dtype.
-GPU_SIZES = ((128, "bfloat16"), (768, "float32"), (1024, "bfloat16"), (2048, "bfloat16"))
-# SMs and shared memory of a block, that the forward scan is planned for where there is no GPU.
+GPU_SIZES = (
+    (16, 128, "bfloat16"),
+    (16, 512, "float32"),
+    (64, 1024, "bfloat16"),
+    (256, 1024, "bfloat16"),
+    (16, 2048, "bfloat16"),
+)
+# SMs and shared memory of a block, that scans are planned for where there is no GPU.
 H200 = (132, 227 * 1024)
 # Twenty times the rounding error of float32: sums are taken in another order than torch's.
 WORST_ERROR = 20 * torch.finfo(torch.float32).eps
@@ -96,15 +103,18 @@ def strategies() -> Iterable[tuple[str, str]]:
 
 
 def schedules() -> Iterable[tuple[str, str]]:
-    """For an LSTM of some sizes: the schedule of the forward scan on a GPU, and why."""
+    """For an LSTM of some sizes: the schedule of its scans on a GPU, and why."""
     from fused_rnn import _C
 
     sms, shared = H200
     if torch.cuda.is_available():
         sms, shared = gpu_sizes(torch.cuda.current_device())
-    for H, dtype in GPU_SIZES:
-        plan = _C.schedule("lstm", H, dtype, sms=sms, shared_per_block=shared)
-        yield f"H={H} {dtype}", describe_schedule(plan, forced_schedule())
+    for (B, H, dtype), backward in itertools.product(GPU_SIZES, (False, True)):
+        plan = _C.schedule(
+            *("lstm", B, H, dtype), sms=sms, shared_per_block=shared, backward=backward
+        )
+        way = "backward" if backward else "forward"
+        yield f"{way} B={B} H={H} {dtype}", describe_schedule(plan, forced_schedule())
 
 
 def _outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -163,7 +173,7 @@ def main() -> int:
         ]
         _lines("library, built with", library)
         _lines("how threads share the forward scan of an LSTM", strategies())
-        _lines("how the forward scan of an LSTM is scheduled on a GPU", schedules())
+        _lines("how the scans of an LSTM are scheduled on a GPU", schedules())
     else:
         _lines("library", [("missing", str(ops.unavailable_reason))])
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

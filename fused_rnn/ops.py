@@ -50,7 +50,7 @@ if available:
     if cuda_architectures and torch.version.cuda is None:
         cuda_off = f"this torch ({torch.__version__}) is built without CUDA"
 has_cuda = not cuda_off
-# TODO: by shape, once the kernels are faster somewhere at large (benchmarks/results).
+# Whether cuDNN serves what it has where our kernels are not faster: functional._why_cudnn.
 cudnn_first = os.environ.get("FUSED_RNN_CUDA_KERNELS") != "1"
 
 

@@ -8,15 +8,16 @@
 Two directions have a team of threads each, which shares its direction in one of these ways. The
 results are the same bits in all of them.
 
-On CUDA a forward scan has a schedule:
+On CUDA a scan, forward or backward, has a schedule:
 
-    stepwise    a kernel per step: every call
-    persistent  all steps in one launch, the weights resident in shared memory: what fits. It has
-                not run on a GPU yet, so it is taken only where it is forced. Backward is stepwise.
+    stepwise    a kernel or two per step: every call
+    persistent  all steps in one launch, the weights resident in shared memory: where they fit, and
+                a step is estimated to take less than the launches of one of its own
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -43,12 +44,13 @@ class Plan(TypedDict):
 class Persistent(TypedDict):
     possible: bool
     against: str  # why not
+    chosen: bool  # possible, and faster than a step of its own
+    microseconds: float  # of a step, estimated
     units: int  # of a block
-    blocks: int
+    blocks: int  # that have all units of a sequence
+    groups: int  # of such blocks, each with sequences of its own
+    rows: int  # sequences of a group
     shared_bytes: int  # of a block
-
-
-NOT_MEASURED = "it has not run on a GPU yet, force_schedule('persistent') takes it"
 
 
 def gpu_sizes(gpu: int) -> tuple[int, int]:
@@ -58,13 +60,33 @@ def gpu_sizes(gpu: int) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_multiprocessor - 1024
 
 
-def persistent_on(gpu: int, cell: str, H: int, dtype: torch.dtype, **facts: bool) -> Persistent:
-    """Whether the forward scan can be persistent on that GPU; for `facts` see `_C.schedule`."""
+def persistent_on(
+    gpu: int, cell: str, B: int, H: int, dtype: torch.dtype, **facts: bool
+) -> Persistent:
+    """Whether a scan can be persistent on that GPU; for `facts` see `_C.schedule`."""
     from . import _C
 
     sms, shared = gpu_sizes(gpu)
     name = str(dtype).removeprefix("torch.")
-    return _C.schedule(cell, H, name, sms=sms, shared_per_block=shared, **facts)
+    return _C.schedule(cell, B, H, name, sms=sms, shared_per_block=shared, **facts)
+
+
+@functools.cache
+def cudnn_is_faster(
+    gpu: int, cell: str, B: int, H: int, dtype: torch.dtype, training: bool
+) -> bool:
+    """Whether cuDNN is, on calls without lengths, controls or projection; as measured on an H100.
+
+    Ours are faster where they are persistent, but for LSTMs in float16 of many units and few
+    sequences: for these cuDNN has persistent kernels too.
+    """
+    half = cell == "lstm" and dtype == torch.float16 and H % 128 == 0 and B % 8 == 0
+    if half and (512 if training else 128) < H <= 1024 and B < 64:
+        return True
+    return not all(
+        persistent_on(gpu, cell, B, H, dtype, backward=backward)["chosen"]
+        for backward in ((False, True) if training else (False,))
+    )
 
 
 def forced_schedule() -> str | None:
@@ -78,9 +100,16 @@ def describe_schedule(persistent: Persistent, forced: str | None = None) -> str:
     """Which schedule a forward scan on CUDA has, and why."""
     if forced:
         return f"{forced}: forced"
-    blocks = f"{persistent['blocks']} blocks of {persistent['units']} units"
-    why = f"{NOT_MEASURED} ({blocks})" if persistent["possible"] else persistent["against"]
-    return f"stepwise; not persistent: {why}"
+    if not persistent["possible"]:
+        return f"stepwise; not persistent: {persistent['against']}"
+    step = f"a step is estimated to take {persistent['microseconds']:.1f} us"
+    if not persistent["chosen"]:
+        return f"stepwise; not persistent: {step}, more than its own launches"
+    return (
+        f"persistent: {step}, less than its own launches ({persistent['groups']} x "
+        f"{persistent['blocks']} blocks of {persistent['units']} units, each for "
+        f"{persistent['rows']} sequences)"
+    )
 
 
 def describe(plan: Plan) -> str:
@@ -131,7 +160,7 @@ def force_split(split: str | None) -> AbstractContextManager[None]:
 
 
 def force_schedule(schedule: str | None) -> AbstractContextManager[None]:
-    """Within this context, every forward scan on CUDA is scheduled as told, in the whole process.
+    """Within this context, every scan on CUDA is scheduled as told, in the whole process.
 
     For measuring and for tests; the environment variable FUSED_RNN_SCHEDULE does the same for a
     whole run. None leaves the choice to the library.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
-from fused_rnn import _C, strategy
+from fused_rnn import _C, ops, strategy
 from fused_rnn.bench import __main__ as cli
 from fused_rnn.bench import conditions, gpu_peers, measure, memory, peers, report, roof, sides, work
 from fused_rnn.bench.measure import TORCH, DisagreementError, Result
@@ -489,9 +489,11 @@ def test_a_row_says_which_schedule_it_had(
     assert isinstance(row, Result)
     assert row.schedule == taken
     assert taken in report.details([row])[0].rows[0][0]
+    monkeypatch.setattr(ops, "cudnn_first", True)
     default = measure._outcome(*arguments, None)
     assert isinstance(default, Result)
-    assert (default.schedule, forced) == ("stepwise", [taken, "stepwise"])
+    assert default.schedule == taken.replace("stepwise", "cuDNN")
+    assert forced == [taken, None]  # by default nothing is forced
 
 
 def test_a_schedule_is_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import fused_rnn
-from fused_rnn import ops
+from fused_rnn import functional, ops, strategy
 
 
 def route(caplog: pytest.LogCaptureFixture, call: Callable[[], Any]) -> str:
@@ -90,7 +90,7 @@ def test_the_log_names_the_route_and_the_reason(
 @pytest.mark.parametrize(
     ("cudnn_first", "layer", "controls", "expected"),
     [
-        (True, fused_rnn.GRU, (), "gru: torch, because cuDNN is faster"),
+        (True, fused_rnn.GRU, (), "gru: torch, because cuDNN is faster"),  # 7 units
         (True, fused_rnn.GRU, ("reset",), "gru: fused"),
         (True, fused_rnn.PeepholeLSTM, (), "peephole_lstm: fused"),
         (False, fused_rnn.GRU, (), "gru: fused"),
@@ -107,6 +107,8 @@ def test_what_cudnn_has_it_serves(
     monkeypatch.setattr(ops, "has_cuda", True)
     monkeypatch.setattr(ops, "cuda_device_off", lambda index: "")
     monkeypatch.setattr(ops, "cudnn_first", cudnn_first)
+    monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: (132, 227 * 1024))
+    strategy.cudnn_is_faster.cache_clear()
     monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     with FakeTensorMode(), torch.no_grad():  # a GPU that is not there
         fused = layer(5, 7, device="cuda")
@@ -115,6 +117,26 @@ def test_what_cudnn_has_it_serves(
         with contextlib.suppress(Exception):  # the kernels are not there
             route(caplog, call)
     assert caplog.records[0].getMessage().startswith(expected)
+
+
+def test_what_is_persistent_on_a_gpu_is_not_left_to_cudnn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: (132, 227 * 1024))
+    strategy.cudnn_is_faster.cache_clear()
+
+    def why(cell: str, compiling: bool = False, sizes: Tensor | None = None, **sized: int) -> str:
+        layer = {"gru": fused_rnn.GRU, "lstm": fused_rnn.LSTM}[cell](4, 32, **sized)
+        x = torch.zeros(6, 3, 4) if sizes is None else torch.zeros(6, 4)
+        call = functional._Call(cell, x, sizes, None, None, [*layer.parameters()], 1, False, False)
+        return functional._why_cudnn(call, compiling)
+
+    assert why("gru") == why("lstm") == ""
+    assert why("lstm", proj_size=8).startswith("cuDNN is faster")
+    assert why("gru", sizes=torch.tensor([3, 2, 1])).startswith("cuDNN is faster")
+    assert why("gru", compiling=True).startswith("compiled calls are cuDNN's")
+    with fused_rnn.force_schedule("stepwise"):
+        assert why("lstm", proj_size=8) == ""
 
 
 def test_the_log_is_silent_by_default(caplog: pytest.LogCaptureFixture) -> None:

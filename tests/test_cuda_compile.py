@@ -71,7 +71,8 @@ def test_kernels_fit_their_registers(compiled: Compiled, source: Path) -> None:
     for kernel, name in names.items():
         _, architecture, *memory, registers = kernel
         assert memory == ["0", "0", "0"], f"{name} on {architecture} uses local memory: {memory}"
-        if int(registers) > REGISTERS:
+        # Of the persistent kernels an SM has one block, of 256 threads.
+        if int(registers) > (255 if "::persistent_" in name else REGISTERS):
             too_many.append(f"{name} on {architecture}: {registers} registers")
     assert not too_many, "\n".join(too_many)
 

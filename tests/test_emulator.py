@@ -135,8 +135,9 @@ def test_sanitizers_find_nothing_in_the_schedule(programs: Programs, build: str)
     print(execute(programs, "run_stepwise", build))
 
 
-# Of persistent_forward: the grid's, and two of the block.
-BARRIERS = 3
+# Of the persistent kernels: behind the weights, forward and backward, behind a product, and with
+# float32 behind its operands.
+BARRIERS = 4
 
 
 @pytest.mark.parametrize("barrier", range(BARRIERS + 1))

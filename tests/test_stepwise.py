@@ -156,8 +156,12 @@ each_persistent = pytest.mark.parametrize("cell", ["lstm", "gru"])
         ((3, 18, 5, 16), torch.float32, {"bidirectional": True, "layers": 2}),
         ((4, 9, 5, 48), torch.bfloat16, {"layers": 2, "batch_first": True}),
         ((3, 18, 5, 16), torch.float16, {"bidirectional": True}),
-        # Two of the parts that warps have.
-        ((2, 2, 3, 144), torch.bfloat16, {}),
+        # Parts of k that are not whole, more of them than a warp loads at once, and two stages.
+        ((3, 2, 3, 24), torch.bfloat16, {}),
+        ((2, 2, 3, 264), torch.float16, {}),
+        ((2, 2, 3, 136), torch.float32, {}),
+        # Groups of blocks, the last one with fewer sequences.
+        ((2, 20, 3, 8), torch.bfloat16, {"bidirectional": True}),
     ],
     ids=str,
 )
@@ -176,6 +180,28 @@ def test_accuracy_of_persistent_chunks(cell: str, steps: int, backend: Backend) 
     gates = fused_rnn._C.cells()[cell]["gates"]
     with setting("chunk_bytes", steps * B * gates * H * 4, backend):
         judge_scan(cell, 5, B, 4, H, dtype=torch.float32, bidirectional=True)
+
+
+@pytest.mark.usefixtures("persistent")
+@each_persistent
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_persistent_steps_take_no_nan_for_what_has_not_arrived(
+    cell: str, dtype: torch.dtype, backend: Backend
+) -> None:
+    """Memory is filled with the one whose bits are all ones before the launch."""
+    args = make_arguments(cell, 4, 3, 4, 16, dtype=dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    args.h0.view(bits)[0, 1] = -1
+    args.input.view(bits)[2, 0] = -1
+    *outputs, saved = ops.forward(*args.on(backend.device).given())
+    output = outputs[0].cpu()
+    assert output[:, 1].isnan().all()
+    assert output[2:, 0].isnan().all()
+    assert output[:, 2].isfinite().all()
+    seeds = seeds_for((*outputs[:3],))
+    seeds[0].view(bits)[3, 2] = -1
+    gradient = backward(args.on(backend.device), seeds, saved)[0].cpu()
+    assert gradient[:, 1:].isnan().all()
 
 
 @pytest.mark.usefixtures("persistent")
@@ -199,7 +225,7 @@ def test_persistent_inference_is_forward(cell: str, backend: Backend) -> None:
         ("lstm", {"h_mask": True}, "need a kernel per step"),
         ("gru", {"candidate_mask": True}, "need a kernel per step"),
         ("lstm", {"all_c": True}, "need a kernel per step"),
-        ("lstm", {"H": 24}, "no multiple of 16"),
+        ("lstm", {"H": 20}, "no multiple of 8"),
         ("lstm", {"H": 2048, "T": 1, "B": 1, "I": 1}, "do not fit"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -380,31 +381,54 @@ def test_the_environment_forces_a_split() -> None:
 H200 = {"sms": 132, "shared_per_block": 227 * 1024}
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_persistent_blocks_share_units_and_sequences(cell: str, dtype: str, backward: bool) -> None:
+    for B, H in itertools.product((1, 7, 16, 64, 200), (8, 64, 128, 256, 512, 776)):
+        plan = _C.schedule(cell, B, H, dtype, **H200, backward=backward)
+        assert plan["possible"], plan
+        assert 0 < plan["shared_bytes"] <= H200["shared_per_block"]
+        assert plan["blocks"] * plan["groups"] <= H200["sms"]
+        # All units and sequences have a block, and no block has none.
+        assert (plan["blocks"] - 1) * plan["units"] < H <= plan["blocks"] * plan["units"]
+        assert (plan["groups"] - 1) * plan["rows"] < B <= plan["groups"] * plan["rows"]
+        assert plan["microseconds"] > 0
+
+
 @pytest.mark.parametrize(
-    ("cell", "H", "dtype", "units", "blocks"),
+    ("B", "H", "dtype", "backward", "chosen"),
     [
-        ("lstm", 128, "bfloat16", 4, 32),
-        ("lstm", 768, "bfloat16", 8, 96),
-        ("lstm", 1024, "float32", 8, 128),
-        ("gru", 1536, "float16", 12, 128),
+        (1, 128, "bfloat16", False, True),
+        (64, 1024, "float16", False, True),
+        (64, 1024, "float16", True, True),
+        (256, 1024, "bfloat16", False, False),
+        (256, 1024, "bfloat16", True, False),
+        (16, 512, "float32", False, True),
+        (256, 512, "float32", True, False),
     ],
 )
-def test_persistent_blocks_share_the_units(
-    cell: str, H: int, dtype: str, units: int, blocks: int
+def test_persistent_is_chosen_where_a_step_is_shorter_than_its_launches(
+    B: int, H: int, dtype: str, backward: bool, chosen: bool
 ) -> None:
-    plan = _C.schedule(cell, H, dtype, **H200)
-    assert plan["possible"], plan
-    assert (plan["units"], plan["blocks"]) == (units, blocks)
-    assert plan["shared_bytes"] <= H200["shared_per_block"]
-    assert describe_schedule(plan).startswith("stepwise; not persistent: it has not run on a GPU")
+    plan = _C.schedule("lstm", B, H, dtype, **H200, backward=backward)
+    assert plan["chosen"] == chosen, plan
+    name = "persistent: " if chosen else "stepwise; not persistent: "
+    assert describe_schedule(plan).startswith(f"{name}a step is estimated to take ")
     assert describe_schedule(plan, "persistent") == "persistent: forced"
+
+
+def test_more_sequences_take_no_less_time() -> None:
+    for H, dtype in itertools.product((64, 512, 1024), ("float32", "bfloat16")):
+        times = [_C.schedule("gru", B, H, dtype, **H200)["microseconds"] for B in (1, 16, 64, 256)]
+        assert times == sorted(times)
 
 
 @pytest.mark.parametrize(
     ("H", "dtype", "facts", "why"),
     [
         (2048, "bfloat16", {}, "the weights do not fit into the shared memory of all SMs"),
-        (100, "float32", {}, "the number of units is no multiple of 16"),
+        (100, "float32", {}, "the number of units is no multiple of 8"),
         (128, "float64", {}, "there is no kernel for float64"),
         (128, "float32", {"ragged": True}, "the sequences have lengths of their own"),
         (128, "float32", {"projected": True}, "h is projected"),
@@ -414,10 +438,30 @@ def test_persistent_blocks_share_the_units(
 def test_what_is_not_persistent_has_a_reason(
     H: int, dtype: str, facts: dict[str, bool], why: str
 ) -> None:
-    plan = _C.schedule("lstm", H, dtype, **H200, **facts)
-    assert not plan["possible"]
-    assert why in plan["against"]
-    assert describe_schedule(plan) == f"stepwise; not persistent: {plan['against']}"
+    for backward in (False, True):
+        plan = _C.schedule("lstm", 16, H, dtype, **H200, **facts, backward=backward)
+        assert not plan["possible"]
+        assert not plan["chosen"]
+        assert why in plan["against"]
+        assert describe_schedule(plan) == f"stepwise; not persistent: {plan['against']}"
+
+
+@pytest.mark.parametrize(
+    ("cell", "B", "H", "dtype", "faster"),
+    [
+        ("lstm", 16, 512, torch.bfloat16, False),
+        ("lstm", 16, 1024, torch.float16, True),  # cuDNN has a persistent kernel of its own
+        ("gru", 16, 512, torch.float16, False),
+        ("lstm", 16, 2048, torch.bfloat16, True),
+        ("rnn_tanh", 16, 512, torch.float32, True),
+    ],
+)
+def test_where_cudnn_is_faster(
+    cell: str, B: int, H: int, dtype: torch.dtype, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: tuple(H200.values()))
+    found = strategy.cudnn_is_faster.__wrapped__(0, cell, B, H, dtype, True)
+    assert found == faster
 
 
 def test_the_log_names_the_schedule_of_a_call_on_a_gpu(
@@ -427,20 +471,33 @@ def test_the_log_names_the_schedule_of_a_call_on_a_gpu(
     layer = fused_rnn.LSTM(4, 64)
     x, sizes = torch.zeros(6, 3, 4), torch.tensor([3, 2, 1])
     call = functional._Call("lstm", x, None, None, None, [*layer.parameters()], 1, False, False)
-    with caplog.at_level(logging.DEBUG, "fused_rnn.strategy"):
+    with torch.no_grad(), caplog.at_level(logging.DEBUG, "fused_rnn.strategy"):
         functional._log_schedule(call)
         with fused_rnn.force_schedule("persistent"):
             functional._log_schedule(call)
         functional._log_schedule(call._replace(input=x[:, 0], batch_sizes=sizes))
         functional._log_schedule(call._replace(controls=Controls(zoneout_h=0.1)))
     plans = [text.partition(": ")[2] for text in caplog.messages]
+    chosen = _C.schedule("lstm", 3, 64, "float32", **H200)
     assert plans == [
-        f"stepwise; not persistent: {strategy.NOT_MEASURED} (16 blocks of 4 units)",
+        strategy.describe_schedule(chosen),
         "persistent: forced",
         "stepwise; not persistent: the sequences have lengths of their own",
         "stepwise; not persistent: resets, regularisers and all cell states need a kernel per step",
     ]
-    assert all(text.startswith("lstm forward H=64: ") for text in caplog.messages)
+    assert all(text.startswith("lstm forward B=3 H=64: ") for text in caplog.messages)
+
+
+def test_the_log_names_the_schedule_of_both_ways(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: tuple(H200.values()))
+    weights = [*fused_rnn.GRU(4, 2048).parameters()]
+    call = functional._Call("gru", torch.zeros(6, 3, 4), None, None, None, weights, 1, False, False)
+    with caplog.at_level(logging.DEBUG, "fused_rnn.strategy"):
+        functional._log_schedule(call)
+    ways = [text.partition(": ")[0] for text in caplog.messages]
+    assert ways == ["gru forward B=3 H=2048", "gru backward B=3 H=2048"]
 
 
 def test_an_unknown_schedule_is_refused_and_the_choice_returns() -> None:

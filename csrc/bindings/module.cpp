@@ -226,33 +226,40 @@ py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int6
   return result;
 }
 
-// Whether the forward scan on a GPU with so many SMs and so much shared memory for a block can be
-// persistent.
-py::dict schedule(const std::string& name, int64_t H, const std::string& dtype, int sms,
-                  int64_t shared_per_block, bool projected, bool ragged, bool controlled) {
-  if (std::min({H, int64_t(sms), shared_per_block}) < 1)
-    throw py::value_error("H, sms and shared_per_block must be at least 1");
+// Whether a scan on a GPU with so many SMs and so much shared memory for a block can be persistent.
+py::dict schedule(const std::string& name, int64_t B, int64_t H, const std::string& dtype, int sms,
+                  int64_t shared_per_block, bool backward, bool projected, bool ragged,
+                  bool controlled) {
+  if (std::min({B, H, int64_t(sms), shared_per_block}) < 1)
+    throw py::value_error("B, H, sms and shared_per_block must be at least 1");
   const CellInfo& cell = cell_named(name).info;
-  ForwardProblem problem;
   Weights weights;
   const int64_t some = 0;
   uint8_t mask = 0;
-  if (projected) weights.hr = &weights;  // only asked whether they are there
-  if (ragged) problem.steps.batch_sizes = &some;
-  if (controlled) problem.reset.data = &mask;
-  problem.H = problem.R = H;
-  problem.weights = &weights;
   dev::DeviceInfo device;
   device.sms = sms;
   device.shared_per_block = size_t(shared_per_block);
   device.cooperative = true;
+  const auto plan_of = [&](auto problem) {
+    if (projected) weights.hr = &weights;  // only asked whether they are there
+    if (ragged) problem.steps.batch_sizes = &some;
+    if (controlled) problem.reset.data = &mask;
+    problem.steps.B = B;
+    problem.H = problem.R = H;
+    problem.weights = &weights;
+    return cuda::plan_persistent(cell, dtype_named(cell, dtype), problem, device);
+  };
   const cuda::PersistentPlan plan =
-      cuda::plan_persistent(cell, dtype_named(cell, dtype), problem, device);
+      backward ? plan_of(BackwardProblem()) : plan_of(ForwardProblem());
   py::dict result;
   result["possible"] = plan.against == nullptr;
   result["against"] = plan.against ? plan.against : "";
+  result["chosen"] = plan.chosen();
+  result["microseconds"] = plan.microseconds;
   result["units"] = plan.units;
   result["blocks"] = plan.blocks;
+  result["groups"] = plan.groups;
+  result["rows"] = plan.rows;
   result["shared_bytes"] = plan.shared_bytes;
   return result;
 }
@@ -357,9 +364,9 @@ PYBIND11_MODULE(_C, m) {
       .def("high", &cpu::Pressure::high, py::arg("now"))
       .def("report", &cpu::Pressure::report, py::arg("now"), py::arg("total"), py::arg("lost"));
   m.def("force_split", &force_split, py::arg("split"));
-  m.def("schedule", &schedule, py::arg("cell"), py::arg("H"), py::arg("dtype"), py::kw_only(),
-        py::arg("sms"), py::arg("shared_per_block"), py::arg("projected") = false,
-        py::arg("ragged") = false, py::arg("controlled") = false);
+  m.def("schedule", &schedule, py::arg("cell"), py::arg("B"), py::arg("H"), py::arg("dtype"),
+        py::kw_only(), py::arg("sms"), py::arg("shared_per_block"), py::arg("backward") = false,
+        py::arg("projected") = false, py::arg("ragged") = false, py::arg("controlled") = false);
   m.def("force_schedule", &force_schedule, py::arg("schedule"));
   m.def("forced_schedule", [] { return schedule_named_by(cuda::forced_schedule); });
   if (PyModule_AddFunctions(m.ptr(), direct_methods()) != 0) throw py::error_already_set();

@@ -98,13 +98,11 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kBackwardThreads,
       partial[(warp * kFusedRows + b) * dev::kWarp + lane] = sums[b];
     dev::sync_block();
     for (int b = warp; b < s.rows && u < s.H; b += kBackwardWarps) {
-      const auto product = [&] {
-        A sum = 0;
-        for (int part = 0; part < kBackwardWarps; ++part)
-          sum += partial[(part * kFusedRows + b) * dev::kWarp + lane];
-        return sum;
-      };
-      backward_unit<Cell>(s, b, u, [&] { return incoming_h(s.incoming, b, u, s.R, product); });
+      A product = 0;
+      for (int part = 0; part < kBackwardWarps; ++part)
+        product += partial[(part * kFusedRows + b) * dev::kWarp + lane];
+      backward_unit<Cell>(s, b, u, BackwardInput<Cell, A>(s, b, u),
+                          IncomingH<A>(s.incoming, b, u, s.R)(product));
     }
     dev::sync_block();  // before the next units' sums
   }
@@ -147,7 +145,7 @@ void fill_launches(CellLaunches<A>& cell) {
           over_units(s.H, dev::kWarp, kBackwardWarps, shared), stream, s);
     };
     if constexpr (sizeof(A) == sizeof(float) && has_persistent(Cell::kName))
-      cell.persistent_forward = launch_persistent<Cell, A>;
+      fill_persistent<Cell>(cell);
   }
   if constexpr (kTwoProducts<Cell>) {
     cell.operand = [](const ForwardStep<A>& s, dev::Stream stream) {

@@ -7,14 +7,6 @@
 
 namespace fused_rnn::cuda {
 
-// The states before the step.
-template <class Cell, class A>
-FUSED_RNN_DEVICE void load_before(const ForwardStep<A>& s, int64_t b, int64_t u, A* prev) {
-  // A projected cell (LSTM) does not read the h before it except through W_hh.
-  prev[0] = s.own ? A(0) : load<A>(s.type, s.h, b * s.R + u);
-  if constexpr (Cell::kStates > 1) prev[1] = s.c[b * s.H + u];
-}
-
 // The weights of a unit as its cell takes them: behind the diagonals w holds the mask of the
 // candidate, or one.
 template <class Cell, class Step, class A>
@@ -28,27 +20,61 @@ FUSED_RNN_DEVICE auto weights_of(const Step& s, int64_t b, int64_t u, A* w) {
   }
 }
 
+// The biases of a unit.
+template <class Cell, class A>
+struct Biases {
+  A ih[Cell::kGates] = {}, hh[Cell::kGates] = {};
+
+  Biases() = default;
+  FUSED_RNN_DEVICE Biases(const ForwardStep<A>& s, int64_t u) {
+    if constexpr (Cell::kNormGates == 0)
+      for (int g = 0; g < Cell::kGates; ++g) {
+        ih[g] = load_or_zero<A>(s.type, s.bias_ih, g * s.H + u);
+        hh[g] = load_or_zero<A>(s.type, s.bias_hh, g * s.H + u);
+      }
+  }
+};
+
+// What else a unit is computed from, but for the product: nothing here waits until it is asked for.
+template <class Cell, class A>
+struct ForwardInput {
+  A x[Cell::kGates] = {}, c = 0;
+  Late<A> h;
+
+  ForwardInput() = default;
+  FUSED_RNN_DEVICE ForwardInput(const ForwardStep<A>& s, int64_t b, int64_t u) {
+    for (int g = 0; g < Cell::kGates; ++g) x[g] = s.gates_x[(b * Cell::kGates + g) * s.H + u];
+    // A projected cell (LSTM) does not read the h before it except through W_hh.
+    if (!s.own) h = Late<A>(s.type, s.h, b * s.R + u);
+    if constexpr (Cell::kStates > 1) c = s.c[b * s.H + u];
+  }
+  FUSED_RNN_DEVICE void states(DType type, A* prev) const {
+    prev[0] = h.value(type);
+    if constexpr (Cell::kStates > 1) prev[1] = c;
+  }
+};
+
 // product(g) is what W_hh h adds to gate g, without bias; where gates are normalised, it and the x
 // of the gate are behind their biases already. Of a normed operand it is what the cell calls h.
 template <class Cell, class A, class Product>
-FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u, Product product) {
+FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u,
+                                   const ForwardInput<Cell, A>& in, const Biases<Cell, A>& biases,
+                                   Product product) {
   constexpr int G = Cell::kGates;
   const int64_t H = s.H;
   A x[G], h[G] = {}, w[Cell::kDiagonals + 1], prev[Cell::kStates], state[Cell::kStates],
           saved[Cell::kSaved + 1];
+  in.states(s.type, prev);
   for (int g = 0; g < G; ++g) {
-    x[g] = s.gates_x[(b * G + g) * H + u];
+    x[g] = in.x[g];
     // The first gates of two products are behind their bias already.
     if (g < Cell::kFirstGates) continue;
     if constexpr (Cell::kRecurrent) h[g] = product(g);
-    if constexpr (Cell::kNormGates == 0) {
-      x[g] += load_or_zero<A>(s.type, s.bias_ih, g * H + u);
-      h[g] += load_or_zero<A>(s.type, s.bias_hh, g * H + u);
-    }
+    x[g] += biases.ih[g];
+    h[g] += biases.hh[g];
   }
   if constexpr (Cell::kNormedOperand)
     for (int i = 0; i < 2; ++i) h[i] = product(i);
-  load_before<Cell>(s, b, u, prev);
   Cell::forward(x, h, weights_of<Cell>(s, b, u, w), prev, state, saved);
 
   A* slots = s.saved ? s.saved + b * s.ld_saved + u : nullptr;
@@ -57,20 +83,25 @@ FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u
       if (slots) slots[(s.own_slot + k) * s.slot] = state[k];
       if (k > 0 || !s.own) state[k] = zone_out(s.zoneout, k, b, k * s.R + u, prev[k], state[k]);
     }
+  if (s.own)
+    store(s.type, s.own, b * H + u, state[0]);
+  else
+    state[0] = emit_h(s, b, u, state[0]);
   if constexpr (Cell::kStates > 1) {
     s.c[b * H + u] =
         s.next(b) ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : state[1];
     if (s.all_c.data) store(s.type, s.all_c.data, s.all_c.at(b) + u, state[1]);
     if (b >= s.ends && s.c_n.data) store(s.type, s.c_n.data, s.c_n.at(b) + u, state[1]);
   }
-  if (s.own)
-    store(s.type, s.own, b * H + u, state[0]);
-  else
-    state[0] = emit_h(s, b, u, state[0]);
   if (!slots) return;
   slots[s.own ? s.own_slot * s.slot : 0] = state[0];
   for (int k = 1; k < Cell::kStates; ++k) slots[k * s.slot] = state[k];
   for (int k = 0; k < Cell::kSaved; ++k) slots[(Cell::kStates + k) * s.slot] = saved[k];
+}
+
+template <class Cell, class A, class Product>
+FUSED_RNN_DEVICE void forward_unit(const ForwardStep<A>& s, int64_t b, int64_t u, Product product) {
+  forward_unit<Cell>(s, b, u, ForwardInput<Cell, A>(s, b, u), Biases<Cell, A>(s, u), product);
 }
 
 // The operand; what becomes of the first gates goes to the place of x.
@@ -78,16 +109,14 @@ template <class Cell, class A, class Product>
 FUSED_RNN_DEVICE A operand_unit(const ForwardStep<A>& s, int64_t b, int64_t u, Product product) {
   constexpr int G = Cell::kGates, F = Cell::kFirstGates;
   const int64_t H = s.H;
+  const ForwardInput<Cell, A> in(s, b, u);
+  const Biases<Cell, A> biases(s, u);
   A x[F], h[F], first[F], w[Cell::kDiagonals + 1], prev[Cell::kStates];
   for (int g = 0; g < F; ++g) {
-    x[g] = s.gates_x[(b * G + g) * H + u];
-    h[g] = product(g);
-    if constexpr (Cell::kNormGates == 0) {
-      x[g] += load_or_zero<A>(s.type, s.bias_ih, g * H + u);
-      h[g] += load_or_zero<A>(s.type, s.bias_hh, g * H + u);
-    }
+    x[g] = in.x[g] + biases.ih[g];
+    h[g] = product(g) + biases.hh[g];
   }
-  load_before<Cell>(s, b, u, prev);
+  in.states(s.type, prev);
   A operand = Cell::operand(x, h, weights_of<Cell>(s, b, u, w), prev, first);
   for (int g = 0; g < F; ++g) s.gates_x[(b * G + g) * H + u] = first[g];
   if constexpr (kTwoProducts<Cell>)
@@ -113,20 +142,32 @@ FUSED_RNN_DEVICE void load_before(const BackwardStep<A>& s, int64_t b, int64_t u
     prev[1] = initial ? load_or_zero<A>(s.type, s.initial.c.data, s.initial.c.at(b) + u) : A(0);
 }
 
-// d_h() is the gradient of h after the step.
-template <class Cell, class A, class Gradient>
-FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t u, Gradient d_h) {
+// What the gradients of a unit are computed from, but for that of h, which comes by a product.
+template <class Cell, class A>
+struct BackwardInput {
+  A saved[Cell::kSaved + 1] = {}, prev[Cell::kStates] = {}, state[Cell::kStates] = {}, d_c = 0;
+
+  BackwardInput() = default;
+  FUSED_RNN_DEVICE BackwardInput(const BackwardStep<A>& s, int64_t b, int64_t u) {
+    load_before<Cell>(s, b, u, saved, prev);
+    for (int k = 0; k < Cell::kStates; ++k)
+      state[k] = s.saved[b * s.ld_saved + (s.own_slot + k) * s.slot + u];
+    if constexpr (Cell::kStates > 1) d_c = incoming_c(s.incoming, b, u, s.H);
+  }
+};
+
+// d_h is the gradient of h after the step.
+template <class Cell, class A>
+FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t u,
+                                    const BackwardInput<Cell, A>& in, A d_h) {
   constexpr int G = Cell::kGates;
   const int64_t H = s.H;
-  A saved[Cell::kSaved + 1], prev[Cell::kStates], state[Cell::kStates], d_state[Cell::kStates];
-  A w[Cell::kDiagonals + 1], dw[Cell::kDiagonals + 1];
+  const A *const saved = in.saved, *const prev = in.prev, *const state = in.state;
+  A d_state[Cell::kStates], w[Cell::kDiagonals + 1], dw[Cell::kDiagonals + 1];
   // A gate that waits for the operand is written later.
   A dx[G] = {}, dh[G] = {}, d_prev[Cell::kStates];
-  load_before<Cell>(s, b, u, saved, prev);
-  for (int k = 0; k < Cell::kStates; ++k)
-    state[k] = s.saved[b * s.ld_saved + (s.own_slot + k) * s.slot + u];
-  d_state[0] = d_h();
-  if constexpr (Cell::kStates > 1) d_state[1] = incoming_c(s.incoming, b, u, H);
+  d_state[0] = d_h;
+  if constexpr (Cell::kStates > 1) d_state[1] = in.d_c;
 
   A kept[Cell::kStates] = {};  // gradients of the states before by way of zoneout
   if (s.zoneout.any)
@@ -138,9 +179,10 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t
   const auto weights = weights_of<Cell>(s, b, u, w);
   Cell::backward(saved, weights, prev, state, d_state, dx, dh, d_prev, dw);
   for (int g = 0; g < G; ++g) {
-    store(s.gates_type, s.d_gates_x, (b * G + g) * H + u, dx[g]);
-    if constexpr (!Cell::kSumsGates) store(s.gates_type, s.d_gates_h, (b * G + g) * H + u, dh[g]);
+    publish(s.gates_type, s.d_gates_h, (b * G + g) * H + u, Cell::kSumsGates ? dx[g] : dh[g]);
   }
+  if constexpr (!Cell::kSumsGates)
+    for (int g = 0; g < G; ++g) store(s.gates_type, s.d_gates_x, (b * G + g) * H + u, dx[g]);
   if constexpr (Cell::kDiagonals > 0)
     if (s.d_diag)
       for (int p = 0; p < Cell::kDiagonals; ++p)
@@ -162,8 +204,9 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t
 // Where no product is in the kernel itself.
 template <class Cell, class A>
 FUSED_RNN_DEVICE void backward_unit(const BackwardStep<A>& s, int64_t b, int64_t u) {
-  backward_unit<Cell>(
-      s, b, u, [&] { return s.d_own ? s.d_own[b * s.H + u] : incoming_h(s.incoming, b, u, s.R); });
+  const BackwardInput<Cell, A> in(s, b, u);
+  backward_unit<Cell>(s, b, u, in,
+                      s.d_own ? s.d_own[b * s.H + u] : incoming_h(s.incoming, b, u, s.R));
 }
 
 template <class Cell, class A>

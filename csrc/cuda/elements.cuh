@@ -34,6 +34,28 @@ FUSED_RNN_DEVICE void store(DType type, void* data, int64_t i, A value) {
   }
 }
 
+// The same where other blocks of the launch wait for the value. Its bits are never those of
+// kNothing, which memory is filled with: whoever finds something else there has the value.
+constexpr uint32_t kNothing = 0xffffffffu;  // of 16 bits the half of it; a NaN in every type
+
+template <class A>
+FUSED_RNN_DEVICE void publish(DType type, void* data, int64_t i, A value) {
+  const auto put = [&]<class E>(E* to, E bits) {
+    dev::store_relaxed(to, bits == E(kNothing) ? E(kNothing >> 1) : bits);
+  };
+  if constexpr (sizeof(A) == sizeof(double)) {
+    static_cast<double*>(data)[i] = value;  // nobody waits: see plan_persistent
+  } else if (type == DType::kFloat32) {
+    put(static_cast<uint32_t*>(data) + i, __builtin_bit_cast(uint32_t, value));
+  } else if (type == DType::kBFloat16) {
+    put(static_cast<uint16_t*>(data) + i,
+        __builtin_bit_cast(uint16_t, dev::narrow<dev::bfloat16>(value)));
+  } else {
+    put(static_cast<uint16_t*>(data) + i,
+        __builtin_bit_cast(uint16_t, dev::narrow<dev::half>(value)));
+  }
+}
+
 // What is left of a value in that type.
 template <class A>
 FUSED_RNN_DEVICE A round_to(DType type, A value) {
@@ -58,6 +80,31 @@ FUSED_RNN_DEVICE void with_type(DType type, const void* data, Body body) {
       body(static_cast<const float*>(data));
   }
 }
+
+// An element that was loaded, in the bits that it has in memory. Whoever converts it waits for it,
+// so where the load is to be under way meanwhile that comes as late as it can.
+template <class A>
+class Late {
+ public:
+  Late() = default;
+  FUSED_RNN_DEVICE Late(DType type, const void* data, int64_t i) {
+    if (sizeof(A) == sizeof(float) && (type == DType::kBFloat16 || type == DType::kFloat16))
+      half_ = static_cast<const uint16_t*>(data)[i];
+    else
+      whole_ = static_cast<const A*>(data)[i];
+  }
+  FUSED_RNN_DEVICE A value(DType type) const {
+    if constexpr (sizeof(A) == sizeof(float)) {
+      if (type == DType::kBFloat16) return dev::widen(__builtin_bit_cast(dev::bfloat16, half_));
+      if (type == DType::kFloat16) return dev::widen(__builtin_bit_cast(dev::half, half_));
+    }
+    return whole_;
+  }
+
+ private:
+  A whole_ = 0;
+  uint16_t half_ = 0;
+};
 
 // The same of a tensor that may not be there, which is zeros.
 template <class A>

@@ -398,10 +398,21 @@ FUSED_RNN_DEVICE void store_release(T* p, T v) {
                  : "memory");
   }
 }
+// 16 bytes, aligned so; each of the words is loaded for itself.
+FUSED_RNN_DEVICE void load_relaxed(uint32_t (&words)[4], const void* p) {
+  asm volatile("ld.relaxed.gpu.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(p)
+               : "memory");
+}
+// T may have 2 bytes too.
 template <class T>
 FUSED_RNN_DEVICE void store_relaxed(T* p, T v) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  if constexpr (sizeof(T) == 4) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("st.relaxed.gpu.b16 [%0], %1;" ::"l"(p), "h"(__builtin_bit_cast(uint16_t, v))
+                 : "memory");
+  } else if constexpr (sizeof(T) == 4) {
     asm volatile("st.relaxed.gpu.b32 [%0], %1;" ::"l"(p), "r"(__builtin_bit_cast(uint32_t, v))
                  : "memory");
   } else {

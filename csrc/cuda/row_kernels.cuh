@@ -42,7 +42,7 @@ FUSED_RNN_KERNEL void start_states(Start<A> s) {
     if (u < s.R) {
       const A h = zero ? A(0) : load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u);
       for (int i = 0; i < 2; ++i) {
-        store(s.type, s.h[i], b * s.R + u, h);
+        publish(s.type, s.h[i], b * s.R + u, h);
         if (s.masked[i])
           store(s.type, s.masked[i], b * s.R + u,
                 h * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));

@@ -27,9 +27,10 @@ FUSED_RNN_DEVICE A zone_out(const Zoneout& zoneout, int k, int64_t b, int64_t pl
 template <class A>
 FUSED_RNN_DEVICE A emit_h(const ForwardStep<A>& s, int64_t b, int64_t u, A h) {
   h = round_to(s.type, h);
-  store(s.type, s.y.data, s.y.at(b) + u, h);
   const A on = s.next(b) ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u) : h;
-  store(s.type, s.h_after, b * s.R + u, on);
+  publish(s.type, s.h_after, b * s.R + u,
+          on);  // first of all: in a launch of many steps others wait
+  store(s.type, s.y.data, s.y.at(b) + u, h);
   if (s.masked_after)
     store(s.type, s.masked_after, b * s.R + u,
           on * load<A>(s.type, s.h_mask.data, s.h_mask.at(b) + u));
@@ -44,28 +45,48 @@ FUSED_RNN_DEVICE A mask_of_h(const Incoming<A>& in, int64_t b, int64_t u) {
 }
 
 // The gradient of h after a step: what flows in from the step walked before, or d_h_n at the end of
-// a sequence, and what the output of this step adds. product() is what W_hh adds to what flows.
-template <class A, class Product>
-FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64_t R,
-                              Product product) {
-  A d = 0;
-  if (b >= in.first) {
-    d = load_or_zero<A>(in.type, in.d_h_n.data, in.d_h_n.at(b) + u);
-  } else {
-    A flowing = product() * mask_of_h(in, b, u);
-    if (in.direct) flowing += in.direct[b * R + u];
-    if (!in.ended(b))
-      d = flowing;
-    else if (in.d_h0)
-      in.d_h0[b * R + u] += flowing;
+// a sequence, and what the output of this step adds. All but what W_hh adds to what flows is loaded
+// when it is made.
+template <class A>
+class IncomingH {
+ public:
+  IncomingH() = default;
+  FUSED_RNN_DEVICE IncomingH(const Incoming<A>& in, int64_t b, int64_t u, int64_t R)
+      : begins_(b >= in.first), ended_(in.ended(b)) {
+    if (begins_) {
+      at_end_ = load_or_zero<A>(in.type, in.d_h_n.data, in.d_h_n.at(b) + u);
+    } else {
+      mask_ = mask_of_h(in, b, u);
+      if (in.direct) direct_ = in.direct[b * R + u];
+      if (ended_ && in.d_h0) d_h0_ = in.d_h0 + b * R + u;
+    }
+    type_ = in.d_output_type;
+    if (in.d_output.data) output_ = Late<A>(type_, in.d_output.data, in.d_output.at(b) + u);
   }
-  if (in.d_output.data) d += load<A>(in.d_output_type, in.d_output.data, in.d_output.at(b) + u);
-  return d;
-}
+  // With what W_hh adds.
+  FUSED_RNN_DEVICE A operator()(A product) const {
+    A d = at_end_;
+    if (!begins_) {
+      const A flowing = product * mask_ + direct_;
+      if (!ended_)
+        d = flowing;
+      else if (d_h0_)
+        *d_h0_ += flowing;
+    }
+    return d + output_.value(type_);
+  }
+
+ private:
+  bool begins_ = false, ended_ = false;
+  A at_end_ = 0, direct_ = 0, mask_ = 1;
+  DType type_ = DType::kFloat32;
+  Late<A> output_;
+  A* d_h0_ = nullptr;
+};
 
 template <class A>
 FUSED_RNN_DEVICE A incoming_h(const Incoming<A>& in, int64_t b, int64_t u, int64_t R) {
-  return incoming_h(in, b, u, R, [&] { return in.product ? in.product[b * R + u] : A(0); });
+  return IncomingH<A>(in, b, u, R)(in.product ? in.product[b * R + u] : A(0));
 }
 
 // The same of c.

@@ -4,6 +4,7 @@
 
 #include "../core/problem.h"
 #include "host.h"
+#include "persistent.h"
 
 namespace fused_rnn::cuda {
 
@@ -105,12 +106,12 @@ struct ForwardStep {
 // is from each to the next. Its sequences have no more than h, c and an output.
 template <class A>
 struct ForwardSteps {
-  ForwardStep<A> first;
+  ForwardStep<A> first;  // its h_after is that of the last
   int64_t count;
   bool ends;                  // the sequences, with the last of these steps
   int64_t gates_x, y, saved;  // elements
-  int units, blocks, gate_rows;
-  size_t shared_bytes;  // all as in PersistentPlan
+  void* exchange;             // S [count - 1, rows, H], full of kNothing: h between two steps
+  PersistentShares shares;
 };
 
 // What backward knows of the gradients of the states after a step: they come from the outputs of
@@ -165,6 +166,17 @@ struct BackwardStep {
   NormedRowsBackward<A> normed_h;  // where gates are normalised
 };
 
+// As ForwardSteps. d_gates_h of all of them is full of kNothing.
+template <class A>
+struct BackwardSteps {
+  BackwardStep<A> first;
+  int64_t count;
+  bool ends;                       // at the first steps of the sequences
+  int64_t saved, gates, h_before;  // elements
+  int64_t d_output;                // bytes
+  PersistentShares shares;
+};
+
 // One step backward through a projection: the gradient of h is left as the operand of a product.
 template <class A>
 struct UnprojectStep {
@@ -190,6 +202,7 @@ struct CellLaunches {
   dev::Status (*fused_backward)(const BackwardStep<A>&, dev::Stream);
   // All steps in one launch; null where there is no such kernel, and see plan_persistent.
   dev::Status (*persistent_forward)(const ForwardSteps<A>&, dev::Stream);
+  dev::Status (*persistent_backward)(const BackwardSteps<A>&, dev::Stream);
   dev::Status (*operand)(const ForwardStep<A>&, dev::Stream);  // null for a cell with one product
   dev::Status (*backward)(const BackwardStep<A>&, dev::Stream);
   dev::Status (*operand_backward)(const BackwardStep<A>&, dev::Stream);

@@ -60,6 +60,13 @@ class Scan {
     chunk_steps_ = steps_.B < rows ? rows / steps_.B : 1;
     if (chunk_steps_ > steps_.T) chunk_steps_ = steps_.T;
     chunk_rows_ = chunk_steps_ * steps_.B;
+    const int forced = forced_schedule;
+    if (forced == int(Schedule::kStepwise)) return;
+    plan_ = plan_persistent(info, type, problem, this_device());
+    if (forced == int(Schedule::kPersistent) && plan_.against)
+      throw std::runtime_error(std::string("fused_rnn: the schedule 'persistent' is forced, but ") +
+                               plan_.against);
+    persistent_ = forced < 0 ? plan_.chosen() : true;
   }
 
   // Steps one after another in time, whose gates are in memory together.
@@ -195,6 +202,10 @@ class Scan {
     device_.multiply(device_.host, a, b, out);
   }
 
+  void fill(void* data, int byte, int64_t bytes) const {
+    check(dev::fill_bytes(data, byte, size_t(bytes), device_.stream));
+  }
+
   // A kernel with a thread for each element of [rows, units].
   template <auto kKernel, class... Args>
   void launch(int64_t rows, int64_t units, const Args&... args) const {
@@ -217,6 +228,8 @@ class Scan {
   int64_t chunk_rows_;          // of a chunk, at most
   int64_t* order_ = nullptr;    // [B] on the device, as in Steps; null where it is not needed
   int64_t* offsets_ = nullptr;  // [T], likewise
+  bool persistent_ = false;
+  PersistentPlan plan_;
 
  private:
   void write(const int64_t* from, int64_t* to, int64_t count) const {
@@ -234,14 +247,7 @@ class ForwardScan : Scan<ForwardProblem> {
  public:
   ForwardScan(const CellLaunches<A>& cell, DType type, const ForwardProblem& problem,
               const Device& device)
-      : Scan(cell.info, type, problem, device), cell_(cell) {
-    if (forced_schedule != int(Schedule::kPersistent)) return;
-    plan_ = plan_persistent(cell.info, type, problem, this_device());
-    if (plan_.against)
-      throw std::runtime_error(std::string("fused_rnn: the schedule 'persistent' is forced, but ") +
-                               plan_.against);
-    persistent_ = true;
-  }
+      : Scan(cell.info, type, problem, device), cell_(cell) {}
 
   void lay_out(Arena& arena) {
     lay_out_maps(arena);
@@ -257,6 +263,7 @@ class ForwardScan : Scan<ForwardProblem> {
     gates_x_ = arena.take<A>(chunk_rows_ * G_ * p_.H);
     staged_ = arena.take<char>(is_scattered(p_.input, p_.I) ? chunk_rows_ * p_.I * size_ : 0);
     between_ = arena.take<char>(betweens() * steps_.N * p_.dirs * p_.R * size_);
+    exchange_ = arena.take<char>(persistent_ ? exchange_bytes(chunk_steps_) : 0);
   }
 
   void run() {
@@ -318,8 +325,7 @@ class ForwardScan : Scan<ForwardProblem> {
         check(cell_.normalise(normed_rows(task, false, gates_x_, chunk.row, chunk.rows),
                               device_.stream));
       if (persistent_) {
-        all_steps(task, chunk, parity);
-        parity = int((parity + chunk.count) % 2);
+        all_steps(task, chunk, std::exchange(parity, 1 - parity));
         return;
       }
       for (int64_t i = 0; i < chunk.count; ++i)
@@ -391,6 +397,9 @@ class ForwardScan : Scan<ForwardProblem> {
     return s;
   }
 
+  // Of a launch of so many steps, what they hand on between them.
+  int64_t exchange_bytes(int64_t count) const { return (count - 1) * steps_.B * p_.H * size_; }
+
   // Those of a chunk in one launch.
   void all_steps(const Task& task, const Chunk& chunk, int parity) const {
     const int64_t forwards = task.d == 0 ? 1 : -1;
@@ -402,10 +411,9 @@ class ForwardScan : Scan<ForwardProblem> {
     s.gates_x = forwards * steps_.B * G_ * p_.H;
     s.y = forwards * (task.output.packed ? steps_.B * task.output.stride_b : task.output.stride_t);
     s.saved = forwards * steps_.B * slots_ * Hp_;
-    s.units = plan_.units;
-    s.blocks = plan_.blocks;
-    s.gate_rows = plan_.gate_rows;
-    s.shared_bytes = plan_.shared_bytes;
+    s.exchange = exchange_;
+    s.shares = plan_;
+    fill(exchange_, 0xff, exchange_bytes(chunk.count));
     check(cell_.persistent_forward(s, device_.stream));
   }
 
@@ -431,8 +439,6 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   const CellLaunches<A>& cell_;
-  PersistentPlan plan_;
-  bool persistent_ = false;
   char* h_[2];       // S [B, R]: read at one step, written at the next
   char* masked_[2];  // S [B, R]
   A* c_;             // [B, H]
@@ -444,6 +450,7 @@ class ForwardScan : Scan<ForwardProblem> {
   A* gates_x_;       // [chunk rows, G*H]
   char* staged_;     // S [chunk rows, I]
   char* between_;    // S [betweens, N, D*R]: output of a layer, input of the next
+  char* exchange_;   // S [chunk steps - 1, B, H]
 };
 
 template <class A>
@@ -534,11 +541,12 @@ class BackwardScan : Scan<BackwardProblem> {
   void run_direction(int64_t layer, int64_t d) {
     const int64_t plane = layer * p_.dirs + d;
     const Task task{layer, d, plane, p_.weights[plane], p_.input_size(layer)};
-    if (d_h0_) clear(d_h0_, steps_.B * p_.R);
-    if (d_c0_) clear(d_c0_, steps_.B * p_.H);
+    if (d_h0_) fill(d_h0_, 0, steps_.B * p_.R * int64_t(sizeof(A)));
+    if (d_c0_) fill(d_c0_, 0, steps_.B * p_.H * int64_t(sizeof(A)));
     for_chunks(d == 1, [&](const Chunk& chunk) {
+      if (persistent_) all_steps(task, chunk);
       bool fused = false;
-      for (int64_t i = 0; i < chunk.count; ++i) {
+      for (int64_t i = 0; i < chunk.count && !persistent_; ++i) {
         const int64_t t = d == 0 ? chunk.first + chunk.count - 1 - i : chunk.first + i;
         const bool next_fused = i + 1 < chunk.count && fuses(t, d == 0 ? t - 1 : t + 1);
         step(task, chunk, t, fused, next_fused, chunk.is_last && i + 1 == chunk.count);
@@ -570,8 +578,11 @@ class BackwardScan : Scan<BackwardProblem> {
            steps_.rows(t) <= steps_.rows(next);
   }
 
-  void clear(A* data, int64_t count) const {
-    check(dev::fill_bytes(data, 0, size_t(count) * sizeof(A), device_.stream));
+  // Bytes from one step's gradient of the output to the next.
+  int64_t d_output_step(const Task& task) const {
+    const bool last = task.layer + 1 == p_.layers;
+    const Sequence& d = last ? p_.d_output : between(task.layer);
+    return (d.packed ? steps_.B * d.stride_b : d.stride_t) * (last ? size_ : int64_t(sizeof(A)));
   }
 
   // What flows into step t; steps -1 and T are those behind the last one walked.
@@ -697,11 +708,36 @@ class BackwardScan : Scan<BackwardProblem> {
                accumulated(d_operand_, s.rows, R));
       check(cell_.operand_backward(s, device_.stream));
     }
+    if (!next_fused) product_behind(task, d_gates_h, s.rows, is_last);
+  }
+
+  // What the gates of a step add to the gradient of the h before it.
+  void product_behind(const Task& task, void* d_gates_h, int64_t rows, bool is_last) const {
     // Behind the last step lies h0, whose gradient may not be wanted.
-    if (!info_.recurrent || next_fused || (is_last && !p_.d_h0)) return;
-    Matrix gates = matrix(d_gates_h, s.rows, first_gates_ * H);
-    gates.ld = G_ * H;
-    multiply(gates, matrix(w.hh, gates.cols, R), accumulated(product_, s.rows, R));
+    if (!info_.recurrent || (is_last && !p_.d_h0)) return;
+    Matrix gates = matrix(d_gates_h, rows, first_gates_ * p_.H);
+    gates.ld = G_ * p_.H;
+    multiply(gates, matrix(task.weights.hh, gates.cols, p_.R), accumulated(product_, rows, p_.R));
+  }
+
+  // The steps of a chunk in one launch, and the product behind the last.
+  void all_steps(const Task& task, const Chunk& chunk) const {
+    const int64_t last = chunk.first + chunk.count - 1, backwards = task.d == 0 ? -1 : 1;
+    const int64_t B = steps_.B, H = p_.H;
+    BackwardSteps<A> s{};
+    s.first = step_at(task, chunk, task.d == 0 ? last : chunk.first);
+    s.first.weight_hh = task.weights.hh;
+    s.count = chunk.count;
+    s.ends = chunk.is_last;
+    s.saved = backwards * B * slots_ * Hp_;
+    s.gates = backwards * B * G_ * H;
+    s.h_before = backwards * B * H;
+    s.d_output = backwards * d_output_step(task);
+    s.shares = plan_;
+    fill(d_gates_h_, 0xff, chunk.rows * G_ * H * size_);
+    check(cell_.persistent_backward(s, device_.stream));
+    const int64_t end = task.d == 0 ? 0 : chunk.rows - B;
+    product_behind(task, at(d_gates_h_, end * G_ * H), B, chunk.is_last);
   }
 
   // gradient (+)= left^T right, of all rows of a chunk. `sum` holds it between the chunks.

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import _VF, Tensor, nn
 
 import fused_rnn
 from fused_rnn import ops, strategy
@@ -147,22 +147,31 @@ def _outcome(
     try:
         if device == "cpu":
             return measure(shape, mode, dtype, budget, peer=peer)
-        taken = possible_schedule(shape, dtype, schedule)
-        with strategy.force_schedule(taken):
+        taken = possible_schedule(shape, mode, dtype, schedule)
+        with strategy.force_schedule(taken if schedule else None):
             result = measure(shape, mode, dtype, budget, peer=peer, device=device)
         return replace(result, schedule=taken)
     except DisagreementError as error:
         return error
 
 
-def possible_schedule(shape: Shape, dtype: str, wanted: str | None) -> str:
-    """What our forward scan has on this GPU: what is wanted where it can, or else stepwise."""
-    if wanted != "persistent":
-        return "stepwise"
+def possible_schedule(shape: Shape, mode: str, dtype: str, wanted: str | None) -> str:
+    """What our scans have on this GPU: what is wanted where they can, or else stepwise. With None
+    the library's choice, which may be "cuDNN"."""
     cell = shape.family.lower().replace("rnn", "rnn_tanh")
-    gpu = torch.cuda.current_device()
-    plan = strategy.persistent_on(gpu, cell, shape.H, getattr(torch, dtype), ragged=shape.packed)
-    return "persistent" if plan["possible"] else "stepwise"
+    where = torch.cuda.current_device(), cell, shape.B, shape.H, getattr(torch, dtype)
+    training = mode == "training"
+    plans = [
+        strategy.persistent_on(*where, backward=backward, ragged=shape.packed)
+        for backward in ((False, True) if training else (False,))
+    ]
+    both = wanted is None and ops.cudnn_first and hasattr(_VF, cell)
+    if both and (shape.packed or strategy.cudnn_is_faster(*where, training)):
+        return "cuDNN"
+    if wanted == "stepwise":
+        return wanted
+    fits = all(plan["chosen" if wanted is None else "possible"] for plan in plans)
+    return "persistent" if fits else "stepwise"
 
 
 def measure(

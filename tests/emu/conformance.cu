@@ -651,6 +651,24 @@ FUSED_RNN_KERNEL void hand_values_on(float* x) {
   store_relaxed(x + b * n + t, v + 1);
 }
 
+// The same of eight values of 16 bits that threads of the block before stored each for itself.
+FUSED_RNN_KERNEL void hand_pieces_on(uint16_t* x) {
+  const int t = thread_rank(), b = block_index().x, n = block_size().x;
+  uint16_t v = uint16_t(t);
+  if (b > 0) {
+    uint32_t words[4];
+    bool missing = true;
+    while (missing) {
+      load_relaxed(words, x + (b - 1) * n + t / 8 * 8);
+      missing = false;
+      for (const uint32_t word : words) missing |= word % 65536 == 65535 || word / 65536 == 65535;
+    }
+    for (int i = 0; i < 4; ++i)
+      if (i == t % 8 / 2) v = uint16_t(words[i] >> t % 2 * 16);
+  }
+  store_relaxed(x + b * n + t, uint16_t(v + 1));
+}
+
 void flags() {
   relay_by<uint32_t>();
   relay_by<int>();
@@ -663,6 +681,9 @@ void flags() {
   std::vector<float> wanted;
   for (int i = 0; i < blocks * n; ++i) wanted.push_back(float(i % n + i / n + 1));
   equal("value", x.host(), wanted);
+  Buffer<uint16_t> pieces(blocks * n, uint16_t(65535));
+  started(launch<hand_pieces_on>(config, nullptr, pieces.data()));
+  equal("piece", pieces.host(), std::vector<uint16_t>(wanted.begin(), wanted.end()));
 }
 
 // The host's side.

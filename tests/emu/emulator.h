@@ -313,7 +313,8 @@ FUSED_RNN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row
 namespace emu {
 
 template <class T>
-using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
 template <class T>
 FUSED_RNN_INLINE T load(const T* p, int order) {
@@ -323,7 +324,7 @@ FUSED_RNN_INLINE T load(const T* p, int order) {
 }
 template <class T>
 FUSED_RNN_INLINE void store(T* p, T v, int order) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
   __atomic_store_n(reinterpret_cast<Bits<T>*>(p), __builtin_bit_cast(Bits<T>, v), order);
   pass(false);
 }
@@ -342,6 +343,10 @@ FUSED_RNN_DEVICE T load_acquire(const T* p) {
 template <class T>
 FUSED_RNN_DEVICE T load_relaxed(const T* p) {
   return emu::load(p, __ATOMIC_RELAXED);
+}
+FUSED_RNN_DEVICE void load_relaxed(uint32_t (&words)[4], const void* p) {
+  for (int i = 0; i < 4; ++i)
+    words[i] = emu::load(static_cast<const uint32_t*>(p) + i, __ATOMIC_RELAXED);
 }
 template <class T>
 FUSED_RNN_DEVICE void store_release(T* p, T v) {

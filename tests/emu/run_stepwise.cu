@@ -155,13 +155,11 @@ constexpr Options kOptions[] = {
      .candidate_mask = true,
      .all_c = true},
     {.name = "regularised projection", .projection = true, .reset = true, .zoneout = true},
-    // Forward only: three blocks, the last with fewer units, and more rows than are multiplied at a
-    // time.
+    // Blocks of which the last has fewer units, and more rows than are multiplied at a time.
     {.name = "persistent", .B = 20, .H = 32, .dirs = 2, .persistent = true},
 };
 
-std::string run(const CellInfo& cell, DType type, const Options& o, const char* what,
-                bool backward = true) {
+std::string run(const CellInfo& cell, DType type, const Options& o, const char* what) {
   constexpr int64_t T = 4, I = 5;
   const int64_t B = o.B, H = o.H;
   const DType sum = type == DType::kFloat64 ? type : DType::kFloat32;
@@ -231,7 +229,6 @@ std::string run(const CellInfo& cell, DType type, const Options& o, const char* 
   if (o.all_c && cell.states > 1) f.all_c = output("all_c", D * H);
   f.saved = host.poisoned(size_t(planes * f.steps.N * slots * pad_units(H) * bytes_of(sum)));
   stepwise_forward(cell.name, type, f, host.device);
-  if (!backward) return host.results(what);
 
   BackwardProblem b;
   static_cast<Stack&>(b) = f;
@@ -289,7 +286,7 @@ int run_all() {
           std::string first;
           for (const char* wish : kOrders) {
             dev::emu::set_order(wish);
-            std::string bits = run(cell, type, o, what.c_str(), !o.persistent);
+            std::string bits = run(cell, type, o, what.c_str());
             if (first.empty()) first = bits;
             if (!bits.empty() && bits == first) continue;
             std::printf("FAILED: %s in the order %s\n", what.c_str(), wish);
@@ -304,26 +301,32 @@ int run_all() {
   return failures != 0;
 }
 
-// The persistent kernel with one of its barriers left out; 0 where nobody notices.
+// The persistent kernels with one of their barriers left out; 0 where nobody notices. There are
+// others for float32 than for 16 bits. The one between two stages is not met: that would take more
+// threads than ThreadSanitizer has.
 int run_without(int barrier) {
   constexpr CellInfo cell = info_of<LSTM>();
   constexpr Options o{.name = "without a barrier", .B = 20, .H = 32, .persistent = true};
   forced_schedule = int(Schedule::kPersistent);
-  const std::string right = run(cell, DType::kFloat32, o, o.name, false);
-  dev::emu::options().without = barrier;
-  for (const char* wish : kOrders) {
-    dev::emu::set_order(wish);
-    if (run(cell, DType::kFloat32, o, o.name, false) == right) continue;
-    std::printf("in the order %s results differ\n", wish);
-    return 1;
+  for (const DType type : {DType::kBFloat16, DType::kFloat32}) {
+    dev::emu::options().without = -1;
+    const std::string right = run(cell, type, o, o.name);
+    if (right.empty()) return 1;
+    dev::emu::options().without = barrier;
+    for (const char* wish : kOrders) {
+      dev::emu::set_order(wish);
+      if (run(cell, type, o, o.name) == right) continue;
+      std::printf("in the order %s results differ\n", wish);
+      return 1;
+    }
   }
-  return right.empty();
+  return 0;
 }
 
 }  // namespace
 }  // namespace fused_rnn::cuda
 
-// Without arguments all; "without N": the persistent kernel without its Nth barrier.
+// Without arguments all; "without N": the persistent kernels without their Nth barrier.
 int main(int count, char** arguments) {
   fused_rnn::dev::emu::options().device.sms = 3;
   if (count == 3 && std::strcmp(arguments[1], "without") == 0)
