@@ -204,6 +204,16 @@ def test_persistent_steps_take_no_nan_for_what_has_not_arrived(
     assert gradient[:, 1:].isnan().all()
 
 
+@each_persistent
+@pytest.mark.parametrize(("H", "expected"), [(16, 1), (20, 0)])
+def test_a_schedule_is_chosen(cell: str, H: int, expected: int, backend: Backend) -> None:
+    """Where nothing is forced: the two differ in how they add up."""
+    args = make_arguments(cell, 5, 3, 4, H)
+    found = everything(args)
+    with setting("schedule", expected, backend):
+        assert_same(everything(args), found)
+
+
 @pytest.mark.usefixtures("persistent")
 @each_persistent
 def test_persistent_inference_is_forward(cell: str, backend: Backend) -> None:

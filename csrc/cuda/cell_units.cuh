@@ -20,7 +20,7 @@ FUSED_RNN_DEVICE auto weights_of(const Step& s, int64_t b, int64_t u, A* w) {
   }
 }
 
-// The biases of a unit.
+// The biases of a unit; zeros where gates are normalised, which are behind them already.
 template <class Cell, class A>
 struct Biases {
   A ih[Cell::kGates] = {}, hh[Cell::kGates] = {};

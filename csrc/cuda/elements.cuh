@@ -35,7 +35,8 @@ FUSED_RNN_DEVICE void store(DType type, void* data, int64_t i, A value) {
 }
 
 // The same where other blocks of the launch wait for the value. Its bits are never those of
-// kNothing, which memory is filled with: whoever finds something else there has the value.
+// kNothing, which memory is filled with: whoever finds something else there has the value. Halves
+// are stored one by one and loaded in words: PTX has no rule for that, GPUs write the bytes.
 constexpr uint32_t kNothing = 0xffffffffu;  // of 16 bits the half of it; a NaN in every type
 
 template <class A>

@@ -28,8 +28,8 @@ template <class A>
 FUSED_RNN_DEVICE A emit_h(const ForwardStep<A>& s, int64_t b, int64_t u, A h) {
   h = round_to(s.type, h);
   const A on = s.next(b) ? load_or_zero<A>(s.type, s.initial.h.data, s.initial.h.at(b) + u) : h;
-  publish(s.type, s.h_after, b * s.R + u,
-          on);  // first of all: in a launch of many steps others wait
+  // First of all, since in a launch of many steps others wait for it.
+  publish(s.type, s.h_after, b * s.R + u, on);
   store(s.type, s.y.data, s.y.at(b) + u, h);
   if (s.masked_after)
     store(s.type, s.masked_after, b * s.R + u,

@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--schedule",
         choices=("stepwise", "persistent"),
-        help="of the forward scans on a GPU; shapes that cannot be persistent are stepwise "
-        "(default: the library's choice)",
+        help="of the scans on a GPU; shapes that cannot be persistent are stepwise "
+        "(default: the library's choice, which may be cuDNN)",
     )
     add("--dtype", choices=DTYPES, default="float32", help="of input and weights")
     add("--budget", type=float, default=1.0, metavar="SECONDS", help="time per measurement")

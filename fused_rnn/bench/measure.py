@@ -58,7 +58,7 @@ class Result:
     max_abs_diff: float
     max_rel_diff: float
     roof_ms: float = math.nan  # the least time, by roof.py; unknown in older files
-    schedule: str = ""  # of our forward scan on a GPU; unknown in older files
+    schedule: str = ""  # of our scans on a GPU, or "cuDNN"; unknown in older files
     best_ms: float = math.nan  # the fastest call; unknown in older files
     peer_best_ms: float = math.nan
 
