@@ -578,11 +578,11 @@ def _choose(tensors: list[Tensor], compiling: bool, in_torch: bool) -> tuple[str
 
 def _why_cudnn(call: _Call, compiling: bool) -> str:
     """Why cuDNN serves a call on a GPU that both can make, or nothing."""
+    other = "(FUSED_RNN_CUDA_KERNELS=1 takes our kernels)"
+    if compiling:  # before all that Dynamo cannot trace
+        return f"compiled calls are cuDNN's so far {other}"
     if strategy.forced_schedule() is not None:
         return ""
-    other = "(FUSED_RNN_CUDA_KERNELS=1 takes our kernels)"
-    if compiling:
-        return f"compiled calls are cuDNN's so far {other}"
     H = call.weights[0].shape[0] // reference.CELLS[call.cell].gates
     T, B, _ = _sizes(call)
     plain = call.batch_sizes is None and call.weights[1].shape[1] == H and T > 0 and B > 0
