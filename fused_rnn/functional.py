@@ -484,7 +484,7 @@ def _log_schedule(call: _Call) -> None:
     T, B, _ = _sizes(call)
     if T == 0 or B == 0:
         return
-    for backward in (False, True) if torch.is_grad_enabled() else (False,):
+    for backward in strategy.ways(torch.is_grad_enabled()):
         plan = strategy.persistent_on(
             *(call.input.device.index, call.cell, B, weights.units, call.input.dtype),
             backward=backward,
@@ -522,7 +522,7 @@ def _log_strategy(call: _Call) -> None:
     if T == 0 or B == 0:
         return
     I, H = call.input.shape[-1], weights.units
-    for backward in (False, True) if torch.is_grad_enabled() else (False,):
+    for backward in strategy.ways(torch.is_grad_enabled()):
         plan = _C.strategy(
             *(call.cell, T, B, I, H),
             proj=0 if weights.hr is None else weights.hr.shape[0],

@@ -71,21 +71,29 @@ def persistent_on(
     return _C.schedule(cell, B, H, name, sms=sms, shared_per_block=shared, **facts)
 
 
+def ways(training: bool) -> tuple[bool, ...]:
+    """The scans of a call, by whether they are backward."""
+    return (False, True) if training else (False,)
+
+
 @functools.cache
 def cudnn_is_faster(
     gpu: int, cell: str, B: int, H: int, dtype: torch.dtype, training: bool
 ) -> bool:
-    """Whether cuDNN is, on calls without lengths, controls or projection; as measured on an H100.
+    """Whether cuDNN is taken to be, on calls without lengths, controls or projection.
 
-    Ours are faster where they are persistent, but for LSTMs in float16 of many units and few
-    sequences: for these cuDNN has persistent kernels too.
+    From timings by hand on an H100: ours are where they are persistent, unless cuDNN has such
+    kernels too and they were faster: LSTMs in float16 of many units and few sequences, and
+    inference of small GRUs in float32. T is not asked for.
     """
+    if cell == "gru" and dtype == torch.float32 and H <= 128 and not training:
+        return True
     half = cell == "lstm" and dtype == torch.float16 and H % 128 == 0 and B % 8 == 0
     if half and (512 if training else 128) < H <= 1024 and B < 64:
         return True
     return not all(
         persistent_on(gpu, cell, B, H, dtype, backward=backward)["chosen"]
-        for backward in ((False, True) if training else (False,))
+        for backward in ways(training)
     )
 
 
@@ -97,7 +105,7 @@ def forced_schedule() -> str | None:
 
 
 def describe_schedule(persistent: Persistent, forced: str | None = None) -> str:
-    """Which schedule a forward scan on CUDA has, and why."""
+    """Which schedule a scan on CUDA has, and why."""
     if forced:
         return f"{forced}: forced"
     if not persistent["possible"]:

@@ -464,7 +464,7 @@ def die(*_: Any) -> None:
     ("shape", "dtype", "taken"),
     [
         (Shape("gpu", "LSTM", 8, 4, 64, 64), "bfloat16", "persistent"),
-        (Shape("gpu", "GRU", 8, 4, 64, 64, L=2, D=2), "float32", "persistent"),
+        (Shape("gpu", "GRU", 8, 4, 64, 64, L=2, D=2), "float16", "persistent"),
         (Shape("gpu", "GRU", 8, 4, 64, 64), "float64", "stepwise"),
         (Shape("gpu", "LSTM", 8, 4, 64, 64, packed=True), "bfloat16", "stepwise"),
         (Shape("gpu", "RNN", 8, 4, 64, 64), "bfloat16", "stepwise"),

@@ -447,20 +447,30 @@ def test_what_is_not_persistent_has_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("cell", "B", "H", "dtype", "faster"),
+    ("cell", "B", "H", "dtype", "training", "faster"),
     [
-        ("lstm", 16, 512, torch.bfloat16, False),
-        ("lstm", 16, 1024, torch.float16, True),  # cuDNN has a persistent kernel of its own
-        ("gru", 16, 512, torch.float16, False),
-        ("lstm", 16, 2048, torch.bfloat16, True),
-        ("rnn_tanh", 16, 512, torch.float32, True),
+        ("lstm", 16, 512, torch.bfloat16, True, False),
+        ("lstm", 16, 1024, torch.float16, True, True),  # cuDNN has persistent kernels of its own
+        ("lstm", 16, 512, torch.float16, True, False),
+        ("lstm", 16, 512, torch.float16, False, True),
+        ("gru", 16, 512, torch.float16, True, False),
+        ("gru", 16, 128, torch.float32, False, True),
+        ("gru", 16, 128, torch.float32, True, False),
+        ("lstm", 16, 2048, torch.bfloat16, True, True),
+        ("rnn_tanh", 16, 512, torch.float32, True, True),
     ],
 )
 def test_where_cudnn_is_faster(
-    cell: str, B: int, H: int, dtype: torch.dtype, faster: bool, monkeypatch: pytest.MonkeyPatch
+    cell: str,
+    B: int,
+    H: int,
+    dtype: torch.dtype,
+    training: bool,
+    faster: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(strategy, "gpu_sizes", lambda gpu: tuple(H200.values()))
-    found = strategy.cudnn_is_faster.__wrapped__(0, cell, B, H, dtype, True)
+    found = strategy.cudnn_is_faster.__wrapped__(0, cell, B, H, dtype, training)
     assert found == faster
 
 

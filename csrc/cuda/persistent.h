@@ -100,8 +100,9 @@ inline double step_microseconds(const PersistentShares& s, int64_t K, int64_t si
          tiles * (2.2 + double(K) * (3.5e-4 * double(size) + of_sum * s.sums));
 }
 
-// A step of its own takes at least this: its launches, which the host makes one after another.
-// Measured with the CPUs of H100 and H200 machines; in a graph, and with few rows, it is less.
+// Steps that are estimated to take less are made in one launch: one of its own waits for the host,
+// which makes its launches one after another. Timed by hand on an H100, outside of graphs, where
+// steps of their own take less.
 constexpr double kStepwiseForward = 16.0;
 constexpr double kStepwiseBackward = 25.0;
 

@@ -163,7 +163,7 @@ def possible_schedule(shape: Shape, mode: str, dtype: str, wanted: str | None) -
     training = mode == "training"
     plans = [
         strategy.persistent_on(*where, backward=backward, ragged=shape.packed)
-        for backward in ((False, True) if training else (False,))
+        for backward in strategy.ways(training)
     ]
     both = wanted is None and ops.cudnn_first and hasattr(_VF, cell)
     if both and (shape.packed or strategy.cudnn_is_faster(*where, training)):
