@@ -793,8 +793,8 @@ class BackwardScan : Scan<BackwardProblem> {
             __builtin_prefetch(to + i * N + n, 0, 2);
         if constexpr (std::is_same_v<C, A>)
           if (width == vectors * L)
-            return tile({K, left, ld_left, panel, 0}, overwrite ? nullptr : to, N, to, N);
-        tile({K, left, ld_left, panel, 0}, nullptr, 0, edge, kPanel);
+            return tile({K, left, ld_left, panel, 0}, overwrite ? nullptr : to, N, to, N, 1);
+        tile({K, left, ld_left, panel, 0}, nullptr, 0, edge, kPanel, 1);
         for (int64_t i = 0; i < height; ++i)
           for (int64_t n = 0; n < width; n += L) {
             const int64_t valid = width - n;

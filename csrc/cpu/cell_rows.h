@@ -144,12 +144,12 @@ struct Line {
   }
 };
 
-// Calls body(line) for what makes up a tile: from panel to panel, which are panel_x and panel_h
-// apart, or down the rows of a panel where fewer vectors are then left without a pair.
+// Calls body(line) for what makes up a tile: down the rows of a panel, or from panel to panel,
+// which are panel_x and panel_h apart, where that is longer.
 template <class A, class Body>
 FUSED_RNN_INLINE void for_lines(const Tile<A>& tile, int64_t ldx, int64_t panel_x, int64_t panel_h,
                                 Body body) {
-  const bool down = tile.panels * (tile.rows % 2) < tile.rows * (tile.panels % 2);
+  const bool down = tile.rows > tile.panels;
   const int64_t width = tile.vectors * kLanes<A>;
   const int64_t across = down ? panel_x : ldx, across_h = down ? panel_h : tile.ldh;
   for (int64_t i = 0; i < (down ? tile.panels : tile.rows); ++i)
@@ -248,7 +248,7 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
   const int64_t next_state = next(step.ld_state), next_c = next(step.ldc), next_y = next(step.ldy),
                 next_slot = next(step.ld_saved);
   const int64_t x_gate = tile.x_gate, h_gate = tile.h_gate, slot_size = step.slot;
-  // The next vectors of the line, one or a pair.
+  // The next vectors of the line.
   const auto advance = [&]<class P>(P) __attribute__((always_inline)) {
     constexpr int n = sizeof(P) / sizeof(V);
     P x[G], h[G], w[Cell::kDiagonals + 1], prev[Cell::kStates], state[Cell::kStates],
@@ -301,12 +301,13 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<S>& step, const Tile<Accumu
     if constexpr (kHasC) c += n * next_c;
     if constexpr (kPlain && Cell::kDiagonals) line.unit += n * line.next_unit;
   };
-  if constexpr (kMasked) {
-    while (line.count-- > 0) advance(V{});
-  } else {
-    for (int64_t pairs = line.count / 2; pairs > 0; --pairs) advance(Pair<V>{});
-    if (line.count % 2) advance(V{});
+  int64_t left = line.count;
+  if constexpr (!kMasked) {
+    if constexpr (kPlain && kBundle > 2)
+      for (; left >= kBundle; left -= kBundle) advance(Bundle<V, kBundle>{});
+    for (; left >= 2; left -= 2) advance(Bundle<V, 2>{});
   }
+  for (; left > 0; --left) advance(V{});
 }
 
 // Not inline: rare, and large.

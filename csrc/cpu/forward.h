@@ -13,8 +13,8 @@ class ForwardScan : Scan<ForwardProblem> {
   using W = Packed<S>;
   static constexpr int L = kLanes<A>;
   static constexpr int kPanelWidth = kMaxVectors * L;
-  // Bytes of L1 for products that the cell is applied to, and for weights that are used again.
-  static constexpr int64_t kProducts = 8192, kWeights = 20480;
+  // Bytes of L1 for products that the cell is applied to.
+  static constexpr int64_t kProducts = 16384;
   static_assert(kAcrossRows * kAcrossPanels * kPanelWidth * int64_t(sizeof(A)) <= kProducts);
   alignas(64) static constexpr A kZeros[kAcrossPanels * kPanelWidth] = {};  // a bias
 
@@ -438,27 +438,34 @@ class ForwardScan : Scan<ForwardProblem> {
           const bool across = r.packed && goes_across<W>(rows, p_.R, r.gates * vectors);
           const int64_t highest = across ? kAcrossRows : max_rows(r.gates * vectors);
           const int64_t width = int64_t(r.gates) * vectors * L;
-          const int64_t most = across ? kAcrossPanels : panels_of_block(rows, highest, width);
-          for_each_in(
-              turn(parity), quotient(panels + most - 1, most), [&](int64_t i, int64_t next) {
-                const int64_t p = i * most, left = panels - p;
-                for_heights(rows, highest, [&](int64_t m, int64_t height) {
-                  block(task, member, at, m, height, parity, which, unit + p * vectors * L,
-                        unit + next * most * vectors * L, vectors, int(left < most ? left : most));
-                });
-              });
+          const int64_t height =
+              rows_of_block(rows, highest, across ? kAcrossPanels * width : width);
+          const int64_t most = across ? kAcrossPanels : panels_of_block(height, width);
+          for_each_in(turn(parity), quotient(panels + most - 1, most),
+                      [&](int64_t i, int64_t next) {
+                        const int64_t p = i * most, left = panels - p;
+                        for (int64_t m = 0; m < rows; m += height)
+                          block(task, member, at, m, rows - m < height ? rows - m : height, parity,
+                                which, unit + p * vectors * L, unit + next * most * vectors * L,
+                                vectors, int(left < most ? left : most));
+                      });
         });
   }
 
-  // How many panels are done together, for the cell to have much to do at once.
-  int64_t panels_of_block(int64_t rows, int64_t highest, int64_t width) const {
-    const int64_t height = rows < highest ? rows : highest;
-    int64_t panels = quotient(kProducts, height * width * int64_t(sizeof(A)));
-    if (rows > highest) {
-      const int64_t hot = quotient(kWeights, packed_rows<W>(p_.R) * width * int64_t(sizeof(W)));
-      panels = hot < panels ? hot : panels;
-    }
-    return panels > 1 ? panels - panels % 2 : 1;
+  // The rows of a block: of so many tiles that the cell has much to do at once.
+  static int64_t rows_of_block(int64_t rows, int64_t highest, int64_t width) {
+    const int64_t fit = quotient(kProducts, width * int64_t(sizeof(A)));
+    if (rows <= fit) return rows;
+    const int64_t tiles = quotient(rows + highest - 1, highest);
+    const int64_t most = fit < 2 * highest ? 1 : quotient(fit, highest);
+    const int64_t blocks = quotient(tiles + most - 1, most);
+    return most == 1 ? quotient(rows + blocks - 1, blocks)
+                     : quotient(tiles + blocks - 1, blocks) * highest;
+  }
+  // How many panels are done together where there are few rows.
+  static int64_t panels_of_block(int64_t rows, int64_t width) {
+    const int64_t panels = quotient(kProducts, rows * width * int64_t(sizeof(A)));
+    return panels > 1 ? panels : 1;
   }
 
   // h before a step, as W_hh meets it.
@@ -486,15 +493,19 @@ class ForwardScan : Scan<ForwardProblem> {
       out = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
       ldo = G_ * Hp_;
     }
-    if (at.saved && !info_.norm_gates && which == info_.two_products())
-      fetch_results(at, m, height, unit, panels * vectors * L);
-    for_panels_at_once<W>(r.packed ? height : 0, p_.R, r.gates, unit, unit + panels * vectors * L,
-                          turn(parity), [&](int64_t u, int, int at_once, int64_t after) {
-                            const int64_t column = (u - unit) * r.gates;
-                            product(r.gates, m, height, p_.R, a, lda, w, p_.H, r.packed, u,
-                                    after == u ? next : after, vectors, at_once,
-                                    info_.norm_gates ? kZeros : bias + column, out + column, ldo);
-                          });
+    const bool fetches = at.saved && !info_.norm_gates && which == info_.two_products();
+    for_panels_at_once<W>(
+        r.packed ? height : 0, p_.R, r.gates, unit, unit + panels * vectors * L, turn(parity),
+        [&](int64_t u, int, int at_once, int64_t after) {
+          const int64_t column = (u - unit) * r.gates;
+          const int64_t highest = at_once > 1 || !fetches ? height : max_rows(r.gates * vectors);
+          for_heights(height, highest, [&](int64_t i, int64_t n) {
+            if (fetches) fetch_results(at, m + i, n, u, at_once * vectors * L);
+            product(r.gates, m + i, n, p_.R, a + i * lda, lda, w, p_.H, r.packed, u,
+                    after == u ? next : after, vectors, at_once,
+                    info_.norm_gates ? kZeros : bias + column, out + i * ldo + column, ldo);
+          });
+        });
     if (!info_.norm_gates)
       apply_cell(member, at, m, height, which, unit, vectors, panels, products, ldo);
   }

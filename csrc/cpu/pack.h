@@ -264,7 +264,7 @@ void dot_left(int64_t M, int64_t K, const A* a, const A* w, int gates, int64_t H
           for_pieces<A>(K, [&](Depth piece) {
             kTiles<A, A, Left::kRows, Right::kPanel>.at[n - 1][height - 1](
                 {piece, rows + row * K + piece.first, K, a + m * K, 0}, piece.first ? to : nullptr,
-                n * L, to, n * L);
+                n * L, to, n * L, 1);
           });
         });
         for (int64_t i = valid * n; i < units * n; ++i) store(sums + i * L, Vector<A>{});
@@ -301,9 +301,9 @@ void times_rows(int64_t M, int64_t G, int64_t H, int64_t Hp, int64_t N, const A*
     const int64_t ld_before = g ? ldo : ld_add;
     if (whole > 0)
       for_row_tiles<A, S, Left::kRows, Right::kRows>(
-          M, whole, [&](int64_t m, int64_t, TileFunction<A, S> tile) {
+          M, whole, [&](int64_t m, int64_t, int64_t count, TileFunction<A, S> tile) {
             tile({H, left + m * lda, lda, rows, N}, before ? before + m * ld_before : nullptr,
-                 ld_before, out + m * ldo, ldo);
+                 ld_before, out + m * ldo, ldo, count);
           });
     for (int v = whole; v < vectors; ++v) {
       const int64_t valid = N - column - v * L;

@@ -451,56 +451,82 @@ FUSED_RNN_INLINE Vector<float> multiply_add(Vector<float> sum, U32Vector a, U32V
 #endif
 }
 
-// Two vectors side by side: while one waits for a result, the other has work. An arithmetic type of
+// How many vectors of a cell stand in the registers beside the constants of its functions.
+constexpr int kBundle = kVectorRegisters >= 32 ? 4 : 2;
+
+// Vectors side by side: while one waits for a result, the others have work. An arithmetic type of
 // core/math.h.
-template <class V>
-struct Pair {
+template <class V, int n>
+struct Bundle {
   using E = math::Element<V>;
-  V a, b;
+  V v[n];
 
-  Pair() = default;
-  FUSED_RNN_INLINE Pair(V a, V b) : a(a), b(b) {}
-  FUSED_RNN_INLINE Pair(E value) : a(value - V{}), b(value - V{}) {}
+  Bundle() = default;
+  FUSED_RNN_INLINE Bundle(E value) : Bundle(of([&](int) { return value - V{}; })) {}
 
-  friend FUSED_RNN_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
-  friend FUSED_RNN_INLINE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
-  friend FUSED_RNN_INLINE Pair operator-(Pair x) { return {-x.a, -x.b}; }
-  friend FUSED_RNN_INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
-  friend FUSED_RNN_INLINE Pair operator/(Pair x, Pair y) { return {x.a / y.a, x.b / y.b}; }
-  friend FUSED_RNN_INLINE Pair operator&(Pair x, Pair y) { return {x.a & y.a, x.b & y.b}; }
-  friend FUSED_RNN_INLINE Pair operator|(Pair x, Pair y) { return {x.a | y.a, x.b | y.b}; }
-  friend FUSED_RNN_INLINE Pair operator<<(Pair x, int n) { return {x.a << n, x.b << n}; }
-  friend FUSED_RNN_INLINE auto operator<(Pair x, Pair y) {
-    return Pair<decltype(x.a < y.a)>{x.a < y.a, x.b < y.b};
+  template <class Make>
+  FUSED_RNN_INLINE static Bundle of(Make make) {
+    Bundle all;
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) all.v[i] = make(i);
+    return all;
   }
-  FUSED_RNN_INLINE Pair& operator+=(Pair y) { return *this = *this + y; }
+
+  friend FUSED_RNN_INLINE Bundle operator+(Bundle x, Bundle y) {
+    return of([&](int i) { return x.v[i] + y.v[i]; });
+  }
+  friend FUSED_RNN_INLINE Bundle operator-(Bundle x, Bundle y) {
+    return of([&](int i) { return x.v[i] - y.v[i]; });
+  }
+  friend FUSED_RNN_INLINE Bundle operator-(Bundle x) {
+    return of([&](int i) { return -x.v[i]; });
+  }
+  friend FUSED_RNN_INLINE Bundle operator*(Bundle x, Bundle y) {
+    return of([&](int i) { return x.v[i] * y.v[i]; });
+  }
+  friend FUSED_RNN_INLINE Bundle operator/(Bundle x, Bundle y) {
+    return of([&](int i) { return x.v[i] / y.v[i]; });
+  }
+  friend FUSED_RNN_INLINE Bundle operator&(Bundle x, Bundle y) {
+    return of([&](int i) { return x.v[i] & y.v[i]; });
+  }
+  friend FUSED_RNN_INLINE Bundle operator|(Bundle x, Bundle y) {
+    return of([&](int i) { return x.v[i] | y.v[i]; });
+  }
+  friend FUSED_RNN_INLINE Bundle operator<<(Bundle x, int bits) {
+    return of([&](int i) { return x.v[i] << bits; });
+  }
+  friend FUSED_RNN_INLINE auto operator<(Bundle x, Bundle y) {
+    return Bundle<decltype(V{} < V{}), n>::of([&](int i) { return x.v[i] < y.v[i]; });
+  }
+  FUSED_RNN_INLINE Bundle& operator+=(Bundle y) { return *this = *this + y; }
 };
 
 template <class V>
 FUSED_RNN_INLINE V vector_of(V v, int) {
   return v;
 }
-template <class V>
-FUSED_RNN_INLINE V vector_of(const Pair<V>& pair, int i) {
-  return i ? pair.b : pair.a;
+template <class V, int n>
+FUSED_RNN_INLINE V vector_of(const Bundle<V, n>& all, int i) {
+  return all.v[i];
 }
 
-// A vector at p, or a pair at p and at p + next.
+// The vectors at p, p + next and so on, as many as P has.
 template <class P, class S>
 FUSED_RNN_INLINE P load_as(const S* p, int64_t next) {
-  if constexpr (sizeof(P) == sizeof(Vector<Accumulate<S>>))
+  if constexpr (std::is_same_v<P, Vector<Accumulate<S>>>)
     return load(p);
   else
-    return P(load(p), load(p + next));
+    return P::of([&](int i) { return load(p + i * next); });
 }
 template <class S, class V>
 FUSED_RNN_INLINE void store_as(S* p, int64_t, V v) {
   store(p, v);
 }
-template <class S, class V>
-FUSED_RNN_INLINE void store_as(S* p, int64_t next, const Pair<V>& pair) {
-  store(p, pair.a);
-  store(p + next, pair.b);
+template <class S, class V, int n>
+FUSED_RNN_INLINE void store_as(S* p, int64_t next, const Bundle<V, n>& all) {
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) store(p + i * next, all.v[i]);
 }
 
 // What a value becomes when it is written to memory as S and read back.
@@ -514,9 +540,9 @@ FUSED_RNN_INLINE V round_to(V v) {
     return load(buffer);
   }
 }
-template <class S, class V>
-FUSED_RNN_INLINE Pair<V> round_to(const Pair<V>& pair) {
-  return {round_to<S>(pair.a), round_to<S>(pair.b)};
+template <class S, class V, int n>
+FUSED_RNN_INLINE Bundle<V, n> round_to(const Bundle<V, n>& all) {
+  return Bundle<V, n>::of([&](int i) { return round_to<S>(all.v[i]); });
 }
 
 // Swaps the off-diagonal blocks of size `span` between rows a and b of a square of lanes.
@@ -575,24 +601,26 @@ struct Extremes<cpu::FUSED_RNN_ISA::Vector<float>> {
 };
 #endif
 
-template <class V>
-struct Arithmetic<cpu::FUSED_RNN_ISA::Pair<V>> {
-  using Pair = cpu::FUSED_RNN_ISA::Pair<V>;
-  using Int = cpu::FUSED_RNN_ISA::Pair<math::Int<V>>;
+template <class V, int n>
+struct Arithmetic<cpu::FUSED_RNN_ISA::Bundle<V, n>> {
+  using All = cpu::FUSED_RNN_ISA::Bundle<V, n>;
+  using Int = cpu::FUSED_RNN_ISA::Bundle<math::Int<V>, n>;
   using Element = math::Element<V>;
   using One = Arithmetic<V>;
-  FUSED_RNN_INLINE static Int bits(Pair v) { return {One::bits(v.a), One::bits(v.b)}; }
-  FUSED_RNN_INLINE static Pair from_bits(Int v) {
-    return {One::from_bits(v.a), One::from_bits(v.b)};
+  FUSED_RNN_INLINE static Int bits(All x) {
+    return Int::of([&](int i) { return One::bits(x.v[i]); });
   }
-  FUSED_RNN_INLINE static Pair select(Int condition, Pair x, Pair y) {
-    return {One::select(condition.a, x.a, y.a), One::select(condition.b, x.b, y.b)};
+  FUSED_RNN_INLINE static All from_bits(Int x) {
+    return All::of([&](int i) { return One::from_bits(x.v[i]); });
   }
-  FUSED_RNN_INLINE static Pair larger(Pair x, Pair y) {
-    return {One::larger(x.a, y.a), One::larger(x.b, y.b)};
+  FUSED_RNN_INLINE static All select(Int condition, All x, All y) {
+    return All::of([&](int i) { return One::select(condition.v[i], x.v[i], y.v[i]); });
   }
-  FUSED_RNN_INLINE static Pair smaller(Pair x, Pair y) {
-    return {One::smaller(x.a, y.a), One::smaller(x.b, y.b)};
+  FUSED_RNN_INLINE static All larger(All x, All y) {
+    return All::of([&](int i) { return One::larger(x.v[i], y.v[i]); });
+  }
+  FUSED_RNN_INLINE static All smaller(All x, All y) {
+    return All::of([&](int i) { return One::smaller(x.v[i], y.v[i]); });
   }
 };
 

@@ -106,15 +106,16 @@ struct Term {
   int column = 0;  // with kAcross: the first vector, counted from w on
 };
 
-// c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors. `add` may be null (zero),
-// have ld_add = 0 (a bias for every row), or be c itself (accumulate). It is added last: a long
-// accumulation in pieces then loses less than one that starts from a large sum.
+// c[m, v] = sum_k a[m, k] * w[k, v] + add[m, v], with v over NV vectors and m over `count` tiles of
+// M rows each, one after the other. `add` may be null (zero), have ld_add = 0 (a bias for every
+// row), or be c itself (accumulate). It is added last: a long accumulation in pieces then loses
+// less than one that starts from a large sum.
 //
 // A high tile has time to fetch a line for each row of a panel, and fetches what other tiles will
 // read: of a far cache the processor looks ahead too little by itself, and waits at every page.
 template <class X, class W, Left kLeft, Right kRight, int M, int NV, int kPanels = 1>
 void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accumulate<X>* c,
-          int64_t ldc) {
+          int64_t ldc, int64_t count) {
   using A = Accumulate<X>;
   constexpr int L = kLanes<A>;
   static_assert(kDepth<W> == 1 || (kLeft == Left::kRows && kRight != Right::kRows));
@@ -125,33 +126,31 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
   if constexpr (M > max_rows_at_once(NV)) {
     static_assert(NV == 2 * kStrip && kPanels == 1);
     constexpr int64_t width = kStrip * L;
-    tile<X, W, kLeft, kRight, M, kStrip>(term, add, ld_add, c, ldc);
+    tile<X, W, kLeft, kRight, M, kStrip>(term, add, ld_add, c, ldc, count);
     Term<X, W> second = term;
     second.w += kRight == Right::kPanel ? packed_rows<W>(term.depth.all) * width : width;
     tile<X, W, kLeft, kRight, M, kStrip>(second, add ? add + width : nullptr, ld_add, c + width,
-                                         ldc);
+                                         ldc, count);
     return;
   } else {
-    Vector<A> sum[M][kVectors];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
     const auto width = [](int s) { return NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip; };
-    const X* a = term.a;
+    // Of every fourth row, the next element: for all rows there would be too few registers.
+    constexpr int kApart = 4, kFirst = kLeft == Left::kRows ? (M + kApart - 1) / kApart : 1;
+    const X* a[kFirst];
     const W* w = term.w;
     const int64_t K = term.depth.count, lda = term.lda, ldw = term.ldw;
     const int64_t rows = packed_rows<W>(term.depth.all), above = term.depth.first / kDepth<W>;
     const auto across = [&](int column) __attribute__((always_inline)) {
       return w + ((column / kStrip * rows + above) * kStrip + column % kStrip) * L;
     };
-    const W* starts[kStarts];
-#pragma GCC unroll 8
-    for (int i = 0; i < kStarts; ++i) {
+    // Where strip i begins.
+    const auto start = [&](int i) __attribute__((always_inline)) {
       const int p = i / kStrips, s = i % kStrips;
-      starts[i] = kAcross ? across(term.column + i)
-                          : w + ((p * NV + s * kStrip) * rows + width(s) * above) * L;
-    }
+      return kAcross ? across(term.column + i)
+                     : term.w + ((p * NV + s * kStrip) * rows + width(s) * above) * L;
+    };
+    const W* starts[kStarts];
+    Vector<A> sum[M][kVectors];
     // Vector v of w, in a row of panels or of w itself that starts `row` vectors behind.
     const auto weight = [&](int v, int64_t row) __attribute__((always_inline)) {
       if constexpr (kAcross) return load_packed(starts[v]);
@@ -160,13 +159,19 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
                              ? starts[v / NV * kStrips + s] + row * width(s) + v % NV % kStrip * L
                              : w + v * L);
     };
+    const auto operand = [&](int m) __attribute__((always_inline)) {
+      return kLeft == Left::kRows ? a[m / kApart] + m % kApart * lda : a[0] + m;
+    };
+    const auto next = [&](int64_t n) __attribute__((always_inline)) {
+      for (const X*& row : a) row += n;
+    };
     const auto address = [](const W* w) { return reinterpret_cast<const char*>(w); };
-    const char* coming = address(starts[0]) + ldw;
+    const char* coming = address(start(0)) + ldw;
     const int64_t line = kRight == Right::kPanel && ldw ? kLine : 0;
     int64_t ahead[kStarts] = {};  // bytes from each start to what is fetched with it
     for (int i = 0; kAcross && ldw && i < kStarts; ++i) {
       const int next = term.column + NV + i, all = kStrip * NV;
-      ahead[i] = address(across(next % all)) - address(starts[i]) + (next < all ? 0 : ldw);
+      ahead[i] = address(across(next % all)) - address(start(i)) + (next < all ? 0 : ldw);
     }
     const auto fetch = [&]() __attribute__((always_inline)) {
       if constexpr (kAcross) {
@@ -202,57 +207,70 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
       }
     };
     constexpr int kHeld = kVectors * M + (M < kVectors ? M : kVectors) + 1;
-    if constexpr (kVectorRegisters == 16 && kParts<X, kDepth<W>> > 1 && kHeld >= 15) {
-      // No register is left for a mask, and GCC would spill sums: one part at a time.
-      int64_t row = 0, part = 0;  // times L
-      for (int64_t k = 0; k < K; ++k) {
-        if (!part) fetch();
-        multiply([&](int v)
-                     __attribute__((always_inline)) { return part_at(weight(v, row), part); },
-                 [&](int m) __attribute__((always_inline)) { return broadcast<1>(a + m * lda); });
-        row += part;
-        part ^= L;
-        ++a;
-      }
-    } else {
-      // The next row of w, of which the first n rows of K are multiplied.
-      const auto next_row = [&](auto n) __attribute__((always_inline)) {
-        fetch();
-#pragma GCC unroll 2
-        for (int part = 0; part < kParts<X, n()>; ++part)
-          multiply(
-              [&](int v)
-                  __attribute__((always_inline)) { return weights_of_part<X>(weight(v, 0), part); },
-              [&](int m) __attribute__((always_inline)) {
-                return broadcast<n()>(kLeft == Left::kRows ? a + m * lda + part : a + m);
-              });
+    for (const X* rows_of_a = term.a; count > 0;
+         --count, rows_of_a += kLeft == Left::kRows ? M * lda : M) {
+      a[0] = rows_of_a;
+      for (int i = 1; i < kFirst; ++i) a[i] = opaque(a[i - 1] + kApart * lda);
+      w = term.w;
 #pragma GCC unroll 8
-        for (int i = 0; i < kStarts; ++i) starts[i] += (kAcross ? kStrip : width(i % kStrips)) * L;
-        if constexpr (kRight == Right::kRows) w += ldw;
-        a += kLeft == Left::kRows ? n() : lda;
-      };
-      for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
-        next_row(std::integral_constant<int, kDepth<W>>{});
-      if (kDepth<W> > 1 && K % kDepth<W>) next_row(std::integral_constant<int, 1>{});
-    }
-    // From row to row: g++ would make all addresses beforehand, and keep them in memory.
-    const auto write = [&](auto added) __attribute__((always_inline)) {
+      for (int i = 0; i < kStarts; ++i) starts[i] = start(i);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
+      for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v)
-          store(c + v * L, added ? sum[m][v] + load(add + v * L) : sum[m][v]);
-        c = opaque(c + ldc);
-        if (added) add = opaque(add + ld_add);
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
+      if constexpr (kVectorRegisters == 16 && kParts<X, kDepth<W>> > 1 && kHeld >= 15) {
+        // No register is left for a mask, and GCC would spill sums: one part at a time.
+        int64_t row = 0, part = 0;  // times L
+        for (int64_t k = 0; k < K; ++k) {
+          if (!part) fetch();
+          multiply([&](int v)
+                       __attribute__((always_inline)) { return part_at(weight(v, row), part); },
+                   [&](int m) __attribute__((always_inline)) { return broadcast<1>(operand(m)); });
+          row += part;
+          part ^= L;
+          next(1);
+        }
+      } else {
+        // The next row of w, of which the first n rows of K are multiplied.
+        const auto next_row = [&](auto n) __attribute__((always_inline)) {
+          fetch();
+#pragma GCC unroll 2
+          for (int part = 0; part < kParts<X, n()>; ++part)
+            multiply(
+                [&](int v) __attribute__((always_inline)) {
+                  return weights_of_part<X>(weight(v, 0), part);
+                },
+                [&](int m)
+                    __attribute__((always_inline)) { return broadcast<n()>(operand(m) + part); });
+#pragma GCC unroll 8
+          for (int i = 0; i < kStarts; ++i)
+            starts[i] += (kAcross ? kStrip : width(i % kStrips)) * L;
+          if constexpr (kRight == Right::kRows) w += ldw;
+          next(kLeft == Left::kRows ? n() : lda);
+        };
+        for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
+          next_row(std::integral_constant<int, kDepth<W>>{});
+        if (kDepth<W> > 1 && K % kDepth<W>) next_row(std::integral_constant<int, 1>{});
       }
-    };
-    add ? write(std::true_type{}) : write(std::false_type{});
+      // From row to row: g++ would make all addresses beforehand, and keep them in memory.
+      const auto write = [&](auto added) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v)
+            store(c + v * L, added ? sum[m][v] + load(add + v * L) : sum[m][v]);
+          c = opaque(c + ldc);
+          if (added) add = opaque(add + ld_add);
+        }
+      };
+      add ? write(std::true_type{}) : write(std::false_type{});
+    }
   }
 }
 
 template <class X, class W = X>
 using TileFunction = void (*)(const Term<X, W>&, const Accumulate<X>*, int64_t, Accumulate<X>*,
-                              int64_t);
+                              int64_t, int64_t);
 
 template <class X, class W, Left kLeft, Right kRight>
 struct TileTable {
@@ -277,25 +295,33 @@ constexpr TileFunction<X, W> kTwoPanels = tile<X, W, Left::kRows, Right::kPanel,
 template <class X, class W, Left kLeft, Right kRight>
 inline constexpr TileTable<X, W, kLeft, kRight> kTiles{};
 
-// Calls body(first_row, rows) for tiles over so many rows: nearly equal ones, 4 + 4 rather than 6 +
-// 2, because a low tile is bound by loading weights, and of an even height, because the cell takes
-// rows in pairs.
+// Calls body(first_row, rows, count) for tiles over so many rows: first `count` of them of one
+// height, then those of another. They are nearly equal, 4 + 4 rather than 6 + 2, because a low tile
+// is bound by loading weights.
+template <class Body>
+FUSED_RNN_INLINE void for_equal_heights(int64_t rows, int64_t highest, Body body) {
+  if (rows <= highest) {
+    if (rows > 0) body(0, rows, 1);
+    return;
+  }
+  const int64_t tiles = quotient(rows + highest - 1, highest), low = quotient(rows, tiles);
+  const int64_t higher = rows - low * tiles;  // tiles of one row more
+  if (higher) body(0, low + 1, higher);
+  body(higher * (low + 1), low, tiles - higher);
+}
+// Calls body(first_row, rows) for each of them.
 template <class Body>
 FUSED_RNN_INLINE void for_heights(int64_t rows, int64_t highest, Body body) {
-  int64_t left = rows <= highest ? rows > 0 : quotient(rows + highest - 1, highest);
-  for (int64_t row = 0; left > 0; --left) {
-    int64_t height = left == 1 ? rows - row : quotient(rows - row + left - 1, left);
-    if (height % 2 && height < highest && left > 1) ++height;
-    body(row, height);
-    row += height;
-  }
+  for_equal_heights(rows, highest, [&](int64_t row, int64_t height, int64_t count) {
+    for (; count > 0; --count, row += height) body(row, height);
+  });
 }
 
-// Calls body(first_row, rows, tile) for the tiles over so many rows of a panel.
+// Calls body(first_row, rows, count, tile) for the tiles over so many rows of a panel.
 template <class X, class W, Left kLeft, Right kRight, class Body>
 FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int vectors, Body body) {
-  for_heights(rows, max_rows(vectors), [&](int64_t row, int64_t height) {
-    body(row, height, kTiles<X, W, kLeft, kRight>.at[vectors - 1][height - 1]);
+  for_equal_heights(rows, max_rows(vectors), [&](int64_t row, int64_t height, int64_t count) {
+    body(row, height, count, kTiles<X, W, kLeft, kRight>.at[vectors - 1][height - 1]);
   });
 }
 
@@ -326,25 +352,27 @@ constexpr int panels_at_once(int64_t rows, int64_t K, int vectors) {
   return rows == 1 ? 2 : goes_across<W>(rows, K, vectors) ? kAcrossPanels : 1;
 }
 
-// Calls body(first_row, column, tile) for the tiles over so many rows of `panels` packed ones,
-// where these are as many as panels_at_once() or one; `column` is the first of their vectors in the
-// tile.
+// Calls body(first_row, rows, count, column, tile) for the tiles over so many rows of `panels`
+// packed ones, where these are as many as panels_at_once() or one; `column` is the first of their
+// vectors in the tile.
 template <class X, class W, class Body>
 FUSED_RNN_INLINE void for_row_tiles(int64_t rows, int panels, int vectors, Body body) {
   static constexpr TileFunction<X, W> kTwo[] = {kTwoPanels<X, W, 1>, kTwoPanels<X, W, 2>,
                                                 kTwoPanels<X, W, 3>, kTwoPanels<X, W, 4>};
-  if (panels == 2) return body(0, 0, kTwo[vectors - 1]);
+  if (panels == 2) return body(0, 1, 1, 0, kTwo[vectors - 1]);
   if constexpr (kStrip == kMaxVectors) {
     static constexpr auto kTall =
         across_tiles<X, W>(std::make_integer_sequence<int, kAcrossRows - kLeastAcross + 1>{});
     if (panels == kAcrossPanels)
       return for_heights(rows, kAcrossRows, [&](int64_t m, int64_t height) {
         for (int column = 0; column < panels * vectors; column += kAcrossVectors)
-          body(m, column, kTall[size_t(height - kLeastAcross)]);
+          body(m, height, 1, column, kTall[size_t(height - kLeastAcross)]);
       });
   }
   for_row_tiles<X, W, Left::kRows, Right::kPanel>(
-      rows, vectors, [&](int64_t m, int64_t, TileFunction<X, W> tile) { body(m, 0, tile); });
+      rows, vectors, [&](int64_t m, int64_t height, int64_t count, TileFunction<X, W> tile) {
+        body(m, height, count, 0, tile);
+      });
 }
 
 // What the tile over the rows from m on fetches of that which stands `next` bytes behind its own
@@ -359,6 +387,17 @@ int64_t share_of(int64_t next, int64_t K, int vectors, int64_t m) {
   const int64_t tiles = quotient(m + max_rows(vectors) - 1, max_rows(vectors));
   const int64_t before = tiles * rows * strips * kLine;
   return before < bytes ? next + before : 0;
+}
+
+// Calls body(row, count, fetched) for `count` tiles of one height: one by one where they have
+// something to fetch.
+template <class Share, class Body>
+FUSED_RNN_INLINE void for_fetching(int64_t height, int64_t count, Share share, Body body) {
+  for (int64_t row = 0, n; count > 0; count -= n, row += n * height) {
+    const int64_t fetched = share(row);
+    n = fetched ? 1 : count;
+    body(row, n, fetched);
+  }
 }
 
 // c[m, :] = a[m, :] w + add, for so many rows and panels, one or panels_at_once(). They are the
@@ -378,10 +417,16 @@ void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t 
   };
   if (K <= kPiece<W>)
     return for_row_tiles<X, W>(
-        rows, panels, vectors, [&](int64_t m, int column, TileFunction<X, W> tile) {
+        rows, panels, vectors,
+        [&](int64_t m, int64_t height, int64_t count, int column, TileFunction<X, W> tile) {
           const int64_t at = column * L;
-          tile({K, a + m * lda, lda, w, share(away, K, first + m), column},
-               add ? add + m * ld_add + at : nullptr, ld_add, c + m * ldc + at, ldc);
+          for_fetching(
+              height, count, [&](int64_t i) { return share(away, K, first + m + i); },
+              [&](int64_t i, int64_t n, int64_t fetched) {
+                const int64_t row = m + i;
+                tile({K, a + row * lda, lda, w, fetched, column},
+                     add ? add + row * ld_add + at : nullptr, ld_add, c + row * ldc + at, ldc, n);
+              });
         });
   constexpr int64_t kSums = std::max(kRowsOfPiece, int64_t(kMostAcross) * kAcrossPanels);
   alignas(64) A sums[kSums * kMaxVectors * L];  // not in c, which may be `add`
@@ -398,13 +443,18 @@ void packed_product(int64_t first, int64_t rows, int64_t K, const X* a, int64_t 
                              : away              ? away - packed_rows<W>(k) * kRow
                                                  : 0;
       const int64_t coming = one_tile ? away : behind;
-      for_row_tiles<X, W>(count, panels, vectors,
-                          [&](int64_t m, int column, TileFunction<X, W> tile) {
-                            A* const to = sums + m * width + column * L;
-                            tile({piece, a + (begin + m) * lda + k, lda, w,
-                                  share(coming, piece.count, one_tile ? first : m), column},
-                                 k ? to : nullptr, width, to, width);
-                          });
+      for_row_tiles<X, W>(
+          count, panels, vectors,
+          [&](int64_t m, int64_t height, int64_t tiles, int column, TileFunction<X, W> tile) {
+            for_fetching(
+                height, tiles,
+                [&](int64_t i) { return share(coming, piece.count, one_tile ? first : m + i); },
+                [&](int64_t i, int64_t n, int64_t fetched) {
+                  A* const to = sums + (m + i) * width + column * L;
+                  tile({piece, a + (begin + m + i) * lda + k, lda, w, fetched, column},
+                       k ? to : nullptr, width, to, width, n);
+                });
+          });
     });
     for (int64_t m = 0; m < count; ++m)
       for (int64_t i = 0; i < width; i += L) {

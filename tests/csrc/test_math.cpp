@@ -124,10 +124,15 @@ struct Worst {
 template <class Function, class E>
 void compare(const std::vector<E>& x, Worst& worst) {
   using Wide = typename Format<E>::Wide;
+  // What is far below every square root of the smallest number may be multiplied to a denormal one.
+  std::vector<E> not_tiny(x);
+  for (E& value : not_tiny)
+    if (std::abs(value) < E(0x1p-60)) value = 0;
   std::feclearexcept(FE_ALL_EXCEPT);
-  const std::vector<E> y = evaluate<Function, E>(x);
+  evaluate<Function, E>(not_tiny);
   check::that(!std::fetestexcept(FE_UNDERFLOW), "%s %s makes denormal numbers", Format<E>::kName,
               Function::kName);
+  const std::vector<E> y = evaluate<Function, E>(x);
   for (size_t i = 0; i < x.size(); ++i) {
     const Wide exact = Function::exact(static_cast<Wide>(x[i]));
     if constexpr (std::is_same_v<Function, Sigmoid>) {
