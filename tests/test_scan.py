@@ -675,6 +675,20 @@ def test_frozen_results_do_not_depend_on_threads_and_splits(
 
 
 @each_cell
+@pytest.mark.parametrize("B", [65, 131, 290])
+def test_threads_that_share_units_meet_more_rows_than_the_cell_takes_at_once(
+    cell: str, B: int
+) -> None:
+    """Threads that share rows meet at most 64, whose products are one block."""
+    args = make_arguments(cell, 3, B, 5, 40)
+    torch.set_num_threads(2)
+    with fused_rnn.force_split("rows"):
+        expected = everything(args)
+    with fused_rnn.force_split("units"):
+        assert_same(everything(args), expected)
+
+
+@each_cell
 @pytest.mark.parametrize(("sizes", "options"), SHARED, ids=str)
 def test_repeated_calls_agree_bit_for_bit(
     cell: str, sizes: tuple[int, ...], options: dict[str, Any]

@@ -1,5 +1,5 @@
 // The forward scan of a stack: per layer and direction, the input product of a chunk of steps, then
-// step by step the recurrent product with the cell applied to each tile while it is in L1.
+// step by step the recurrent product with the cell applied to each block of it while that is in L1.
 #pragma once
 
 #include "packed.h"
@@ -452,7 +452,8 @@ class ForwardScan : Scan<ForwardProblem> {
         });
   }
 
-  // The rows of a block: of so many tiles that the cell has much to do at once.
+  // The rows of a block: of so many tiles that the cell has much to do at once. All, but for
+  // members of a unit split, which have every sequence.
   static int64_t rows_of_block(int64_t rows, int64_t highest, int64_t width) {
     const int64_t fit = quotient(kProducts, width * int64_t(sizeof(A)));
     if (rows <= fit) return rows;

@@ -124,7 +124,7 @@ struct Worst {
 template <class Function, class E>
 void compare(const std::vector<E>& x, Worst& worst) {
   using Wide = typename Format<E>::Wide;
-  // What is far below every square root of the smallest number may be multiplied to a denormal one.
+  // Of tiny numbers denormal ones may come: of their squares, and of a product with log2 e.
   std::vector<E> not_tiny(x);
   for (E& value : not_tiny)
     if (std::abs(value) < E(0x1p-60)) value = 0;
