@@ -11,6 +11,8 @@ Environment:
     FUSED_RNN_EMULATOR=1     build the library that executes the CUDA kernels on the host, for tests
     FUSED_RNN_ISAS           instruction sets to build kernels for, of those in ISA_FLAGS: "avx2".
                              The baseline is always there; otherwise all are
+    FUSED_RNN_TYPES          storage types to build them for, of those in TYPES: "bfloat16". float32
+                             is always there; otherwise all are. Calls in the others fail
     FUSED_RNN_SANITIZE=1     AddressSanitizer and UndefinedBehaviorSanitizer; with the name of an
                              instruction set (avx2) in its kernels only, and the others unoptimised
     FUSED_RNN_STRICT=1       fail when the library cannot be built, instead of installing without it
@@ -26,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,14 +52,17 @@ AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = (
     "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512 -Wno-maybe-uninitialized"
 ).split()
-# Named as `fused_rnn._C.isa()` names them: csrc/cpu/kernels_<name>.cpp.
+# Named as `fused_rnn._C.isa()` names them. csrc/cpu/kernels.cpp is compiled for each in each type.
 ISA_FLAGS = {
     "baseline": [],
     "avx512_bf16": [*AVX2, *AVX512, "-mavx512bf16"],
     "avx512": [*AVX2, *AVX512],
     "avx2": AVX2,
 }
-BASES = {"avx512_bf16": "avx512"}  # that a set takes most of its kernels from
+TYPES = ("Float32", "Float64", "BFloat16", "Float16")
+# Of a set whose instructions are for some types only; in the others it runs the kernels of a base.
+OWN_TYPES = {"avx512_bf16": ("BFloat16",)}
+BASES = {"avx512_bf16": "avx512"}
 
 # Every generation since Ampere, as far as the compiler knows it. Kernels for 9.0a run on nothing
 # else, so the last one is there as PTX as well.
@@ -67,7 +73,11 @@ CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math "
     "-ffp-contract=fast -Wall -Wextra -Wno-psabi"
 ).split()
+# Of g++: how far it looks for what else a register tile's element may be. With its own limit, 1000,
+# that is a third of the time, for the same code but for some instructions.
+OPTIONAL_FLAGS = ["--param=sccvn-max-alias-queries-per-access=250"]
 LD_FLAGS = ["-shared", "-pthread"]
+KERNELS = Path("csrc/cpu/kernels.cpp")
 FOR_PYTHON = ("module.cpp", "direct.cpp")  # in csrc/bindings, and no part of an op
 SANITIZERS: list[str] = []
 if SANITIZE != "0":
@@ -79,35 +89,37 @@ if SANITIZE != "0":
     LD_FLAGS += SANITIZERS
 
 
-def isa_of(source: Path) -> str:
-    """The set whose kernels are in a file, or nothing."""
-    return source.stem.removeprefix("kernels_") if source.stem.startswith("kernels_") else ""
+def choice(variable: str, known: Iterable[str]) -> list[str]:
+    """Those of the known names that a variable of the environment lists; all, where it is not."""
+    names = {name.lower(): name for name in known}
+    listed = os.environ.get(variable, "").replace(",", " ").lower().split()
+    for name in listed:
+        if name not in names:
+            raise CompileError(f"{variable}: {name!r} is none of {', '.join(names)}")
+    return [names[name] for name in listed or names]
 
 
-def with_base(isa: str) -> set[str]:
-    return {isa, BASES.get(isa, isa)}
+def with_bases(isas: Iterable[str]) -> set[str]:
+    return {base for isa in isas for base in (isa, BASES.get(isa, isa))}
 
 
-def known(variable: str, isa: str) -> str:
-    if isa not in ISA_FLAGS:
-        sets = ", ".join(ISA_FLAGS)
-        raise CompileError(f"{variable}: {isa!r} is not an instruction set, but {sets} are")
-    return isa
-
-
-def isas() -> set[str]:
-    """The instruction sets that there are kernels for."""
-    if not X86:
-        return {"baseline"}
-    wanted = os.environ.get("FUSED_RNN_ISAS", "").replace(",", " ").split() or ISA_FLAGS
-    return {"baseline"}.union(*(with_base(known("FUSED_RNN_ISAS", isa)) for isa in wanted))
+def kernels() -> list[tuple[str, str]]:
+    """The instruction sets and types that kernels are compiled for, the baseline's first."""
+    isas = {"baseline"} | (with_bases(choice("FUSED_RNN_ISAS", ISA_FLAGS)) if X86 else set())
+    types = {"Float32", *choice("FUSED_RNN_TYPES", TYPES)}
+    return [
+        (isa, type_)
+        for isa in sorted(isas, key=list(ISA_FLAGS).index)
+        for type_ in OWN_TYPES.get(isa, TYPES)
+        if type_ in types
+    ]
 
 
 def isas_to_sanitize() -> set[str]:
     """Those whose kernels are instrumented."""
     if SANITIZE in ("0", "1"):
         return set(ISA_FLAGS)
-    return with_base(known("FUSED_RNN_SANITIZE", SANITIZE))
+    return with_bases(choice("FUSED_RNN_SANITIZE", ISA_FLAGS))
 
 
 def sources() -> list[str]:
@@ -128,6 +140,16 @@ def find_compiler() -> list[str]:
             "install g++, or name yours in CXX"
         )
     return command
+
+
+def accepted(compiler: list[str], flags: list[str]) -> list[str]:
+    """Those flags that a compiler takes without a word."""
+
+    def takes(flag: str) -> bool:
+        command = [*compiler, "-Werror", flag, "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return [flag for flag in flags if takes(flag)]
 
 
 def find_ninja() -> str:
@@ -291,8 +313,6 @@ class NinjaBuild(build_ext):
     def ninja_file(self, ext: Extension, compiler: list[str], folder: Path, target: Path) -> str:
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         common = [*CXX_FLAGS, *extra, f"-I{ROOT / 'csrc'}"]
-        wanted = isas()
-        common += [f"-DFUSED_RNN_ISA_{isa.upper()}" for isa in sorted(wanted)]
         cuda = find_cuda(compiler)
         flags = {"cpu": common, "bindings": [*common, *bindings_flags(cuda)]}
         flags["cuda"] = [f"-I{ROOT / 'csrc'}", *cuda.flags]
@@ -328,29 +348,27 @@ class NinjaBuild(build_ext):
             lines.append(f"default {ninja_path(target)}")
 
         objects = {}
+        for source in map(Path, ext.sources):
+            if source == KERNELS or (source.suffix == ".cu" and not cuda.nvcc):
+                continue
+            name = source.with_suffix(".o")
+            own = flags[source.parent.name]
+            objects[source] = compile_to(name, source, rules[source.suffix], own)
+
+        optional = accepted(compiler, OPTIONAL_FLAGS)
         sanitized = isas_to_sanitize()
-
-        def unoptimised(source: Path) -> bool:  # what will not be run
-            return bool(isa_of(source)) and isa_of(source) not in sanitized
-
         # Of a function that several objects have, the linker keeps the first one's: not one with
         # wider instructions, nor one that is not sanitized.
-        sources = sorted(
-            map(Path, ext.sources),
-            key=lambda f: (bool(isa_of(f)), unoptimised(f), bool(ISA_FLAGS.get(isa_of(f)))),
-        )
-        for source in sources:
-            isa = isa_of(source)
-            if (source.suffix == ".cu" and not cuda.nvcc) or (isa and isa not in wanted):
-                continue
-            own = [*flags[source.parent.name], *ISA_FLAGS.get(isa, [])]
-            if isa and SANITIZERS:
+        for isa, type_ in sorted(kernels(), key=lambda kernel: kernel[0] not in sanitized):
+            own = [*common, *optional, *ISA_FLAGS[isa]]
+            own += [f"-DFUSED_RNN_ISA={isa}", f"-DFUSED_RNN_TYPE={type_}"]
+            if isa not in sanitized:  # nor run
+                own = [*(flag for flag in own if flag not in SANITIZERS), "-O0", "-g0"]
+            elif SANITIZERS:
                 # Looking for uses of a local after its scope, g++ takes three times as long.
                 own.append("-fno-sanitize-address-use-after-scope")
-            if unoptimised(source):
-                own = [*(flag for flag in own if flag not in SANITIZERS), "-O0", "-g0"]
-            name = source.with_suffix(".o")
-            objects[source] = compile_to(name, source, rules[source.suffix], own)
+            name = KERNELS.with_name(f"kernels_{isa}_{type_.lower()}.o")
+            objects[name] = compile_to(name, KERNELS, "cxx", own)
         # Static, because torch may have another version of it loaded, or none.
         runtime = [f"-L{cuda.root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
         link_to(target, list(objects.values()), *(runtime if cuda.nvcc else []))

@@ -100,7 +100,7 @@ def test_a_set_takes_from_its_base_what_it_lacks(tmp_path: Path) -> None:
     if "avx2" not in _C.compiled_isas() or _C.isa() == "baseline":
         pytest.skip(f"avx2 is more than this machine or ATEN_CPU_CAPABILITY has, {_C.isa()}")
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = "-std=c++20 -O1 -Wall -Wextra -Werror -DFUSED_RNN_ISA_AVX2".split()
+    flags = "-std=c++20 -O1 -Wall -Wextra -Werror".split()
     binary = tmp_path / "test_isa"
     sources = [CSRC / "test_isa.cpp", ROOT / "csrc" / "cpu" / "isa.cpp"]
     run(*compiler, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", binary)

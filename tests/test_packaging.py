@@ -110,6 +110,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in (
         "FUSED_RNN_CUDA",
         "FUSED_RNN_ISAS",
+        "FUSED_RNN_TYPES",
         "FUSED_RNN_SANITIZE",
         "TORCH_CUDA_ARCH_LIST",
         "CUDA_HOME",
@@ -132,19 +133,33 @@ def test_architectures_are_those_that_nvcc_knows(recipe: Any) -> None:
 
 
 def test_instruction_sets_that_are_built(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(recipe.isas.__globals__, "X86", True)
-    assert recipe.isas() == {"avx512_bf16", "avx512", "avx2", "baseline"}
-    files = {Path(source).name for source in recipe.sources()}
-    assert {f"kernels_{isa}.cpp" for isa in recipe.isas()} <= files
+    def built() -> dict[str, set[str]]:
+        sets: dict[str, set[str]] = {}
+        for isa, type_ in recipe.kernels():
+            sets.setdefault(isa, set()).add(type_)
+        return sets
+
+    every = {"Float32", "Float64", "BFloat16", "Float16"}
+    everything = {isa: every for isa in ("baseline", "avx2", "avx512")}
+    everything["avx512_bf16"] = {"BFloat16"}
+    monkeypatch.setitem(recipe.kernels.__globals__, "X86", True)
+    assert built() == everything
     monkeypatch.setenv("FUSED_RNN_ISAS", "avx2")
-    assert recipe.isas() == {"avx2", "baseline"}
+    assert built() == {"baseline": every, "avx2": every}
     monkeypatch.setenv("FUSED_RNN_ISAS", "avx512_bf16, avx2")
-    assert recipe.isas() == {"avx512_bf16", "avx512", "avx2", "baseline"}
+    assert built() == everything
+    monkeypatch.setenv("FUSED_RNN_TYPES", "float64")
+    two = {"Float32", "Float64"}
+    assert built() == {"baseline": two, "avx2": two, "avx512": two}
+    monkeypatch.setenv("FUSED_RNN_TYPES", "int8")
+    with pytest.raises(CompileError, match="FUSED_RNN_TYPES: 'int8' is none of float32, float64"):
+        recipe.kernels()
     monkeypatch.setenv("FUSED_RNN_ISAS", "sse2")
-    with pytest.raises(CompileError, match="FUSED_RNN_ISAS: 'sse2' is not an instruction set"):
-        recipe.isas()
-    monkeypatch.setitem(recipe.isas.__globals__, "X86", False)
-    assert recipe.isas() == {"baseline"}
+    with pytest.raises(CompileError, match="FUSED_RNN_ISAS: 'sse2' is none of baseline, avx512"):
+        recipe.kernels()
+    monkeypatch.delenv("FUSED_RNN_TYPES")
+    monkeypatch.setitem(recipe.kernels.__globals__, "X86", False)
+    assert built() == {"baseline": every}
 
 
 def test_without_nvcc_the_build_goes_on_and_says_why(
@@ -225,7 +240,7 @@ def test_check_includes_catches_a_planted_include(
 def test_check_symbols_catches_a_function_two_instruction_sets_share(
     tmp_path: Path, shared: bool, status: int
 ) -> None:
-    for unit in ("kernels_avx2", "kernels_baseline"):
+    for unit in ("kernels_avx2_float32", "kernels_baseline_float32"):
         name = "shared" if shared else unit
         source = f"inline int {name}_name(int x) {{ return x + 1; }} auto {unit} = &{name}_name;"
         (tmp_path / f"{unit}.cpp").write_text(source)

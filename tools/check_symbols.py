@@ -1,7 +1,7 @@
 """Checks that no function compiled for a wider instruction set can replace one of the base set.
 
 The linker keeps one copy of a function that several objects define inline. Were that the copy from
-kernels_avx512.o, a machine without AVX-512 would die in it, far away from any kernel.
+kernels_avx512_float32.o, a machine without AVX-512 would die in it, far away from any kernel.
 
 python tools/check_symbols.py FOLDER_OF_OBJECTS...
 """
@@ -12,7 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-WIDER = ("kernels_avx512_bf16.o", "kernels_avx512.o", "kernels_avx2.o")
+
+
+def instruction_set(file: Path) -> str:
+    """The set whose kernels an object has, or the base set."""
+    _, _, pair = file.stem.partition("kernels_")
+    return pair.rpartition("_")[0] or "baseline"
 
 
 def weak_functions(file: Path) -> set[str]:
@@ -25,9 +30,9 @@ def weak_functions(file: Path) -> set[str]:
 def complaints(folder: Path) -> list[str]:
     functions = {file: weak_functions(file) for file in sorted(folder.rglob("*.o"))}
     found = []
-    for wide in (file for file in functions if file.name in WIDER):
+    for wide in (file for file in functions if instruction_set(file) != "baseline"):
         for other in functions:
-            if other != wide:
+            if instruction_set(other) != instruction_set(wide):
                 shared = sorted(functions[wide] & functions[other])
                 found += [f"{wide.name} and {other.name} both define {name}" for name in shared]
     return found

@@ -30,17 +30,31 @@ namespace {
 template <class A>
 using Array = py::array_t<A, py::array::c_style>;
 
-const cpu::CellKernels& cell_named(const std::string& name) {
-  const cpu::CellKernels* cell = cpu::find_cell(name.c_str());
+const cpu::Kernels& kernels_in(DType type) {
+  const cpu::Kernels* kernels = cpu::chosen_isa()[type];
+  if (!kernels) throw py::value_error("built without kernels of this type: see FUSED_RNN_TYPES");
+  return *kernels;
+}
+
+const cpu::CellKernels& cell_named(const std::string& name, DType type = DType::kFloat32) {
+  kernels_in(type);
+  const cpu::CellKernels* cell = cpu::find_cell(name.c_str(), type);
   if (!cell) throw py::key_error("there is no cell '" + name + "'");
   return *cell;
 }
 
-const cpu::CellFunctions<float>& functions(const cpu::CellKernels& cell, float) {
-  return cell.as_float;
-}
-const cpu::CellFunctions<double>& functions(const cpu::CellKernels& cell, double) {
-  return cell.as_double;
+template <class A>
+constexpr bool kFloat = std::is_same_v<A, float>;
+template <class A>
+constexpr DType kType = kFloat<A> ? DType::kFloat32 : DType::kFloat64;
+
+// What kernels have in A for tests.
+template <class A, class Kernels>
+const auto& functions(const Kernels& kernels) {
+  if constexpr (kFloat<A>)
+    return kernels.as_float;
+  else
+    return kernels.as_double;
 }
 
 // Checks that an argument is [count, n] and gives its data; n is taken from the first one.
@@ -56,7 +70,7 @@ const A* rows(const Array<A>& array, const char* name, int count, py::ssize_t& n
 template <class A>
 py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A> w, Array<A> m,
                        Array<A> prev) {
-  const cpu::CellKernels& cell = cell_named(name);
+  const cpu::CellKernels& cell = cell_named(name, kType<A>);
   const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* px = rows(x, "x", info.gates, n);
@@ -65,15 +79,14 @@ py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A>
   const A* pm = rows(m, "m", info.candidate, n);
   const A* pprev = rows(prev, "prev", info.states, n);
   Array<A> state({py::ssize_t(info.states), n}), saved({py::ssize_t(info.saved), n});
-  functions(cell, A{}).forward(n, px, ph, pw, pm, pprev, state.mutable_data(),
-                               saved.mutable_data());
+  functions<A>(cell).forward(n, px, ph, pw, pm, pprev, state.mutable_data(), saved.mutable_data());
   return py::make_tuple(state, saved);
 }
 
 template <class A>
 py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> w, Array<A> m,
                         Array<A> prev, Array<A> state, Array<A> d_state) {
-  const cpu::CellKernels& cell = cell_named(name);
+  const cpu::CellKernels& cell = cell_named(name, kType<A>);
   const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* pprev = rows(prev, "prev", info.states, n);
@@ -84,27 +97,17 @@ py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> w, Arr
   const A* pd_state = rows(d_state, "d_state", info.states, n);
   Array<A> dx({py::ssize_t(info.gates), n}), dh({py::ssize_t(info.gates), n}),
       d_prev({py::ssize_t(info.states), n}), dw({py::ssize_t(info.diagonals), n});
-  functions(cell, A{}).backward(n, psaved, pw, pm, pprev, pstate, pd_state, dx.mutable_data(),
-                                dh.mutable_data(), d_prev.mutable_data(), dw.mutable_data());
+  functions<A>(cell).backward(n, psaved, pw, pm, pprev, pstate, pd_state, dx.mutable_data(),
+                              dh.mutable_data(), d_prev.mutable_data(), dw.mutable_data());
   return py::make_tuple(dx, dh, d_prev, dw);
-}
-
-void apply(const cpu::MathFunctions& f, py::ssize_t n, const float* x, float* y) {
-  f.as_float(n, x, y);
-}
-void apply(const cpu::MathFunctions& f, py::ssize_t n, const double* x, double* y) {
-  f.as_double(n, x, y);
 }
 
 template <class A>
 Array<A> math(const std::string& name, Array<A> x) {
-  const cpu::Isa& isa = cpu::chosen_isa();
-  for (int i = 0; i < isa.math_count; ++i)
-    if (name == isa.math[i].name) {
-      Array<A> y(x.size());
-      apply(isa.math[i], x.size(), x.data(), y.mutable_data());
-      return y;
-    }
+  const cpu::MathFunctions<A>& of = functions<A>(kernels_in(kType<A>));
+  Array<A> y(x.size());
+  if (name == "sigmoid") return of.sigmoid(x.size(), x.data(), y.mutable_data()), y;
+  if (name == "tanh") return of.tanh(x.size(), x.data(), y.mutable_data()), y;
   throw py::key_error("there is no function '" + name + "'");
 }
 
@@ -127,7 +130,7 @@ double multiplications_per_second(int threads, int64_t rows, int64_t K, int64_t 
     std::fill_n(a, rows * K + K * columns, 0.5f);
     float* w = a + rows * K;
     const auto call = [&](int64_t step) {
-      cpu::chosen_isa().multiply(step, rows, K, columns, a, w, w + K * columns);
+      kernels_in(DType::kFloat32).multiply(step, rows, K, columns, a, w, w + K * columns);
     };
     call(0);
     --waiting;
@@ -183,7 +186,7 @@ size_t packed_bytes(const std::string& name, int64_t I, int64_t H, int64_t R, bo
                     const std::string& dtype) {
   const CellInfo& cell = cell_named(name).info;
   const DType type = dtype_named(cell, dtype);
-  return cpu::chosen_isa().packing[int(type)].bytes(cell, {I, H, R, projected});
+  return kernels_in(type).packing.bytes(cell, {I, H, R, projected});
 }
 
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
@@ -302,9 +305,9 @@ PYBIND11_MODULE(_C, m) {
   using namespace fused_rnn;
   m.def("cells", [] {
     std::map<std::string, std::map<std::string, int>> cells;
-    const cpu::Isa& isa = cpu::chosen_isa();
-    for (int i = 0; i < isa.cell_count; ++i) {
-      const CellInfo& info = isa.cells[i].info;
+    const cpu::Kernels& kernels = kernels_in(DType::kFloat32);
+    for (int i = 0; i < kernels.cell_count; ++i) {
+      const CellInfo& info = kernels.cells[i].info;
       cells[info.name] = {{"gates", info.gates},
                           {"states", info.states},
                           {"saved", info.saved},
@@ -317,13 +320,7 @@ PYBIND11_MODULE(_C, m) {
     return cells;
   });
   m.def("isa", [] { return cpu::chosen_isa().name; });
-  m.def("compiled_isas", [] {
-    int count = 0;
-    const cpu::Isa* const* isas = cpu::compiled_isas(&count);
-    std::vector<std::string> names;
-    for (int i = 0; i < count; ++i) names.push_back(isas[i]->name);
-    return names;
-  });
+  m.def("compiled_isas", cpu::compiled_isas);
   m.def("build_info", [] {
     return std::map<std::string, std::string>{{"compiler", __VERSION__},
                                               {"torch", FUSED_RNN_TORCH_VERSION},

@@ -218,11 +218,13 @@ const Controls kNoControls{{}, {}, false, {}, 0.0, 0.0, {}, {}, false};
 class Call {
  public:
   Call(const Question& q, const Controls& controls, const FrozenSizes* frozen = nullptr)
-      : kernels(cpu::find_cell(q.cell.c_str())),
-        type(q.input.scalar_type()),
+      : type(q.input.scalar_type()),
         dtype(dtype_of(type)),
+        kernels(cpu::find_cell(q.cell.c_str(), dtype)),
         device(q.input),
         batch_first_(q.batch_first && !q.batch_sizes) {
+    check(cpu::chosen_isa()[dtype], "fused_rnn was built without kernels for ", name_of(type),
+          ": see FUSED_RNN_TYPES in its setup.py");
     check(kernels, "there is no cell '", q.cell, "'");
     check(q.layers >= 1, "num_layers must be at least 1, got ", q.layers);
     stack.layers = q.layers;
@@ -324,7 +326,7 @@ class Call {
   cpu::Plan plan(Planner planner) const {
     cpu::Machine machine = cpu::this_machine(int(torch::stable::get_num_threads()));
     if (stack.frozen())
-      machine.unit_step = cpu::chosen_isa().packing[int(dtype)].panel_step(kernels->info);
+      machine.unit_step = cpu::chosen_isa()[dtype]->packing.panel_step(kernels->info);
     const cpu::Plan plan = planner(stack, kernels->info, machine);
     if (!plan.possible) {
       const int split = int(*machine.forced);
@@ -335,16 +337,16 @@ class Call {
 
   void run(const ForwardProblem& problem) {
     if (device.is_cuda()) return run_on_cuda(kernels->info.name, dtype, problem, device.index);
-    run_on_cpu(kernels->forward[int(dtype)], problem, plan(cpu::plan_forward));
+    run_on_cpu(kernels->forward, problem, plan(cpu::plan_forward));
   }
   void run(const BackwardProblem& problem) {
     if (device.is_cuda()) return run_on_cuda(kernels->info.name, dtype, problem, device.index);
-    run_on_cpu(kernels->backward[int(dtype)], problem, plan(cpu::plan_backward));
+    run_on_cpu(kernels->backward, problem, plan(cpu::plan_backward));
   }
 
-  const cpu::CellKernels* kernels;
   const ScalarType type;
   const DType dtype;
+  const cpu::CellKernels* kernels;
   const Device device;
   Stack stack;
 
@@ -587,7 +589,7 @@ class Call {
     stack.H = sizes.H;
     stack.R = sizes.proj ? sizes.proj : sizes.H;
     weights_.resize(planes);
-    const cpu::Packing& packing = cpu::chosen_isa().packing[int(dtype)];
+    const cpu::Packing& packing = cpu::chosen_isa()[dtype]->packing;
     for (size_t plane = 0; plane < planes; ++plane) {
       const WeightSizes expected{stack.input_size(int64_t(plane) / stack.dirs), stack.H, stack.R,
                                  sizes.proj > 0};
@@ -707,7 +709,7 @@ std::vector<Tensor> pack(const std::string& cell, const std::vector<Tensor>& wei
   const Call call({cell, input, kNone, kNone, kNone, weights, num_layers, bidirectional, false},
                   kNoControls);
   const CellInfo& info = call.kernels->info;
-  const cpu::Packing& packing = cpu::chosen_isa().packing[int(call.dtype)];
+  const cpu::Packing& packing = cpu::chosen_isa()[call.dtype]->packing;
   std::vector<Tensor> blocks;
   for (int64_t plane = 0; plane < call.stack.layers * call.stack.dirs; ++plane) {
     const WeightSizes sizes = call.stack.weight_sizes(plane / call.stack.dirs);

@@ -1,41 +1,33 @@
 #include "isa.h"
 
 #include <strings.h>
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <vector>
 
 namespace fused_rnn::cpu {
 
-// FUSED_RNN_ISA_...: those that setup.py builds.
-namespace avx512_bf16 {
-extern const Isa kIsa;
-}
-namespace avx512 {
-extern const Isa kIsa;
-}
-namespace avx2 {
-extern const Isa kIsa;
-}
-namespace baseline {
-extern const Isa kIsa;
-}
+// Null where setup.py has not built them.
+#define FUSED_RNN_DECLARE(isa)                                                \
+  namespace isa {                                                             \
+  [[gnu::weak]] extern const Kernels kFloat32, kFloat64, kBFloat16, kFloat16; \
+  constexpr Isa kIsa{#isa, {&kFloat32, &kFloat64, &kBFloat16, &kFloat16}};    \
+  }
+FUSED_RNN_DECLARE(avx512_bf16)
+FUSED_RNN_DECLARE(avx512)
+FUSED_RNN_DECLARE(avx2)
+FUSED_RNN_DECLARE(baseline)
+#undef FUSED_RNN_DECLARE
 
 namespace {
 
-const Isa* const kCompiled[] = {
-#if defined(FUSED_RNN_ISA_AVX512_BF16)
-    &avx512_bf16::kIsa,
-#endif
-#if defined(FUSED_RNN_ISA_AVX512)
-    &avx512::kIsa,
-#endif
-#if defined(FUSED_RNN_ISA_AVX2)
-    &avx2::kIsa,
-#endif
-    &baseline::kIsa,
-};
-constexpr int kCount = int(sizeof(kCompiled) / sizeof(kCompiled[0]));
+// Widest first.
+constexpr Isa kSets[] = {avx512_bf16::kIsa, avx512::kIsa, avx2::kIsa, baseline::kIsa};
+constexpr int kCount = int(sizeof(kSets) / sizeof(kSets[0]));
+
+bool compiled(const Isa& isa) {
+  return std::any_of(isa.types, isa.types + 4, [](const Kernels* kernels) { return kernels; });
+}
 
 bool runs_here(const char* name) {
 #if defined(__x86_64__)
@@ -52,44 +44,33 @@ bool runs_here(const char* name) {
   return !std::strcmp(name, "baseline");
 }
 
-const Isa& choose() {
+Isa choose() {
   // torch's own switch; like torch, an unknown value changes nothing.
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   if (wanted && !strcasecmp(wanted, "default")) wanted = "baseline";
   int widest = 0;
   for (int i = 0; wanted && i < kCount; ++i)
-    if (!strcasecmp(wanted, kCompiled[i]->name)) widest = i;
-  while (widest + 1 < kCount && !runs_here(kCompiled[widest]->name)) ++widest;
-  return *kCompiled[widest];
-}
-
-// With what it has from its base.
-Isa complete(const Isa& own) {
-  if (!own.base) return own;
-  static std::vector<CellKernels> cells(own.base->cells, own.base->cells + own.base->cell_count);
-  Isa isa = *own.base;
-  isa.name = own.name;
-  isa.cells = cells.data();
-  for (int type = 0; type < 4; ++type) {
-    if (own.packing[type].pack) isa.packing[type] = own.packing[type];
-    for (int i = 0; i < own.cell_count; ++i) {
-      const CellKernels& kernels = own.cells[i];
-      if (kernels.forward[type]) cells[i].forward[type] = kernels.forward[type];
-      if (kernels.backward[type]) cells[i].backward[type] = kernels.backward[type];
-    }
-  }
+    if (compiled(kSets[i]) && !strcasecmp(wanted, kSets[i].name)) widest = i;
+  while (widest + 1 < kCount && !(compiled(kSets[widest]) && runs_here(kSets[widest].name)))
+    ++widest;
+  Isa isa = kSets[widest];
+  for (int type = 0; type < 4; ++type)
+    for (int i = widest + 1; i < kCount && !isa.types[type]; ++i)
+      isa.types[type] = kSets[i].types[type];
   return isa;
 }
 
 }  // namespace
 
-const Isa* const* compiled_isas(int* count) {
-  *count = kCount;
-  return kCompiled;
+std::vector<const char*> compiled_isas() {
+  std::vector<const char*> names;
+  for (const Isa& isa : kSets)
+    if (compiled(isa)) names.push_back(isa.name);
+  return names;
 }
 
 const Isa& chosen_isa() {
-  static const Isa isa = complete(choose());
+  static const Isa isa = choose();
   return isa;
 }
 
@@ -110,10 +91,10 @@ PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes) {
   return tag;
 }
 
-const CellKernels* find_cell(const char* name) {
-  const Isa& isa = chosen_isa();
-  for (int i = 0; i < isa.cell_count; ++i)
-    if (!std::strcmp(isa.cells[i].info.name, name)) return &isa.cells[i];
+const CellKernels* find_cell(const char* name, DType type) {
+  const Kernels* kernels = chosen_isa()[type];
+  for (int i = 0; kernels && i < kernels->cell_count; ++i)
+    if (!std::strcmp(kernels->cells[i].info.name, name)) return &kernels->cells[i];
   return nullptr;
 }
 

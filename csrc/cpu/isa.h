@@ -1,6 +1,8 @@
 // The kernels of each instruction set, and which set this process uses.
 #pragma once
 
+#include <vector>
+
 #include "../core/problem.h"
 #include "strategy.h"
 
@@ -17,12 +19,13 @@ struct CellFunctions {
                    const A* d_state, A* dx, A* dh, A* d_prev, A* dw);
 };
 
+// Of one cell in one storage type.
 struct CellKernels {
   CellInfo info;
-  void (*forward[4])(const ForwardProblem&, const Plan&, const Runtime&);  // [DType]
-  void (*backward[4])(const BackwardProblem&, const Plan&, const Runtime&);
-  CellFunctions<float> as_float;
-  CellFunctions<double> as_double;
+  void (*forward)(const ForwardProblem&, const Plan&, const Runtime&);
+  void (*backward)(const BackwardProblem&, const Plan&, const Runtime&);
+  CellFunctions<float> as_float;    // in float32, elsewhere null
+  CellFunctions<double> as_double;  // in float64
 };
 
 // What stands at the head of frozen weights: all that they were packed for, compared as bytes.
@@ -41,37 +44,44 @@ struct Packing {
   void (*pack)(const CellInfo&, const WeightSizes&, const Weights&, void* block);
 };
 
+template <class A>
 struct MathFunctions {
-  const char* name;
-  void (*as_float)(int64_t n, const float* x, float* y);
-  void (*as_double)(int64_t n, const double* x, double* y);
+  void (*sigmoid)(int64_t n, const A* x, A* y);
+  void (*tanh)(int64_t n, const A* x, A* y);
 };
 
-struct Isa {
-  const char* name;
-  const Isa* base;  // the set that what is null here is taken from, or null
+// The kernels of one instruction set in one storage type: what one object of kernels.cpp has.
+struct Kernels {
   const CellKernels* cells;
   int cell_count;
-  const MathFunctions* math;
-  int math_count;
-  Packing packing[4];  // [DType]
+  Packing packing;
+  MathFunctions<float> as_float;  // as of CellKernels
+  MathFunctions<double> as_double;
   // The product of the scans with nothing around it, for measuring the roof: out[rows, columns] =
   // a[rows, K] w, with w packed and columns a multiple of 64. Steps go through w forth and back.
+  // In float32, elsewhere null.
   void (*multiply)(int64_t step, int64_t rows, int64_t K, int64_t columns, const float* a,
                    const float* w, float* out);
 };
 
-// Compiled sets, widest first. Of their contents only the name may be looked at: chosen_isa() has
-// what a base adds.
-const Isa* const* compiled_isas(int* count);
+struct Isa {
+  const char* name;
+  const Kernels* types[4];  // [DType]; null where setup.py has built none, but for float32
 
-// The widest set this machine runs, no wider than ATEN_CPU_CAPABILITY asks for. Decided once.
+  const Kernels* operator[](DType type) const { return types[int(type)]; }
+};
+
+// The names of the sets that have kernels here, widest first.
+std::vector<const char*> compiled_isas();
+
+// The widest set this machine runs, no wider than ATEN_CPU_CAPABILITY asks for. Decided once. In a
+// type that it has no kernels for, it has those of the next set that does.
 const Isa& chosen_isa();
 
 // The tag that frozen weights have where they can be used.
 PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes);
 
-// Null where there is no such cell.
-const CellKernels* find_cell(const char* name);
+// Null where there is no such cell, or nothing in that type.
+const CellKernels* find_cell(const char* name, DType type);
 
 }  // namespace fused_rnn::cpu

@@ -1,7 +1,6 @@
-// The kernels of one instruction set: every cell of the registry, forward and backward, in every
-// storage type. Included once by each kernels_*.cpp, which is compiled with that set's flags.
-#pragma once
-
+// Every cell of the registry, forward and backward, on one instruction set in one storage type:
+// setup.py compiles this file once for each pair, with the set's flags and name (avx2) in
+// FUSED_RNN_ISA and the type's (Float32) in FUSED_RNN_TYPE.
 #include "../cells/registry.h"
 #include "backward.h"
 #include "forward.h"
@@ -9,6 +8,10 @@
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 namespace {
+
+using Float32 = float;
+using Float64 = double;
+using Storage = FUSED_RNN_TYPE;
 
 template <class A>
 FUSED_RNN_INLINE void load_all(Vector<A>* to, int count, const A* from, int64_t n, int64_t i) {
@@ -73,105 +76,64 @@ void cell_backward(int64_t n, const A* saved, const A* w, const A* m, const A* p
   }
 }
 
-// Of a set with a base only what is of its own: the types that its instructions are for.
-#ifdef FUSED_RNN_BASE_ISA
-template <class S>
-constexpr bool kOwn = std::is_same_v<S, BFloat16>;
-#else
-template <class S>
-constexpr bool kOwn = true;
-#endif
-
-template <class Cell, class S>
-constexpr void add_type(CellKernels& kernels, DType type) {
-  if constexpr (kOwn<S>) {
-    kernels.forward[int(type)] = forward<Cell, S>;
-    kernels.backward[int(type)] = backward<Cell, S>;
-    if constexpr (std::is_same_v<S, float>)
-      kernels.as_float = {cell_forward<Cell, S>, cell_backward<Cell, S>};
-    if constexpr (std::is_same_v<S, double>)
-      kernels.as_double = {cell_forward<Cell, S>, cell_backward<Cell, S>};
-  }
-}
-
 template <class Cell>
 constexpr CellKernels kernels_of() {
-  CellKernels kernels{};
-  kernels.info = info_of<Cell>();
-  add_type<Cell, float>(kernels, DType::kFloat32);
-  add_type<Cell, double>(kernels, DType::kFloat64);
-  add_type<Cell, BFloat16>(kernels, DType::kBFloat16);
-  add_type<Cell, Float16>(kernels, DType::kFloat16);
+  CellKernels kernels{info_of<Cell>(), forward<Cell, Storage>, backward<Cell, Storage>, {}, {}};
+  if constexpr (std::is_same_v<Storage, float>)
+    kernels.as_float = {cell_forward<Cell, float>, cell_backward<Cell, float>};
+  if constexpr (std::is_same_v<Storage, double>)
+    kernels.as_double = {cell_forward<Cell, double>, cell_backward<Cell, double>};
   return kernels;
 }
 
 template <class... Cs>
-struct KernelTable {
-  static constexpr int kCount = sizeof...(Cs);
+struct CellTable {
   static constexpr CellKernels kCells[] = {kernels_of<Cs>()...};
 };
 template <class... Cs>
-KernelTable<Cs...> table_of(TypeList<Cs...>);
+CellTable<Cs...> table_of(TypeList<Cs...>);
 using Table = decltype(table_of(Cells{}));
 
-template <class S>
-constexpr Packing packing_of() {
-  if constexpr (kOwn<S>)
-    return {panel_step<S>, packed_bytes<S>, pack_weights<S>};
-  else
-    return {};
-}
-
-#ifdef FUSED_RNN_BASE_ISA
-constexpr const Isa* kBase = &FUSED_RNN_BASE_ISA::kIsa;
-constexpr const MathFunctions* kMath = nullptr;
-constexpr int kMathCount = 0;
-constexpr void (*multiply)(int64_t, int64_t, int64_t, int64_t, const float*, const float*,
-                           float*) = nullptr;
-#else
-constexpr const Isa* kBase = nullptr;
-
-template <class A, class Function>
-void map(int64_t n, const A* x, A* y, Function function) {
-  for (int64_t i = 0; i < n; i += kLanes<A>)
-    store_partial(y + i, function(load_partial(x + i, n - i)), n - i);
-}
 template <class A>
 void map_sigmoid(int64_t n, const A* x, A* y) {
-  map(n, x, y, [](Vector<A> v) { return math::sigmoid(v); });
+  for (int64_t i = 0; i < n; i += kLanes<A>)
+    store_partial(y + i, math::sigmoid(load_partial(x + i, n - i)), n - i);
 }
 template <class A>
 void map_tanh(int64_t n, const A* x, A* y) {
-  map(n, x, y, [](Vector<A> v) { return math::tanh(v); });
+  for (int64_t i = 0; i < n; i += kLanes<A>)
+    store_partial(y + i, math::tanh(load_partial(x + i, n - i)), n - i);
 }
 
-constexpr MathFunctions kMath[] = {
-    {"sigmoid", map_sigmoid<float>, map_sigmoid<double>},
-    {"tanh", map_tanh<float>, map_tanh<double>},
-};
-constexpr int kMathCount = int(sizeof(kMath) / sizeof(kMath[0]));
-
-void multiply(int64_t step, int64_t rows, int64_t K, int64_t columns, const float* a,
-              const float* w, float* out) {
-  for_panels_at_once<float>(
-      rows, K, 1, 0, columns, turn(step), [&](int64_t column, int vectors, int panels, int64_t) {
-        packed_product<float, float>(0, rows, K, a, K, w + column * K, nullptr, vectors, panels,
-                                     nullptr, 0, out + column, columns);
-      });
+template <class A>
+void multiply(int64_t step, int64_t rows, int64_t K, int64_t columns, const A* a, const A* w,
+              A* out) {
+  for_panels_at_once<A>(rows, K, 1, 0, columns, turn(step),
+                        [&](int64_t column, int vectors, int panels, int64_t) {
+                          packed_product<A, A>(0, rows, K, a, K, w + column * K, nullptr, vectors,
+                                               panels, nullptr, 0, out + column, columns);
+                        });
 }
-#endif
+
+constexpr Kernels all_kernels() {
+  Kernels kernels{};
+  kernels.cells = Table::kCells;
+  kernels.cell_count = int(sizeof(Table::kCells) / sizeof(CellKernels));
+  kernels.packing = {panel_step<Storage>, packed_bytes<Storage>, pack_weights<Storage>};
+  if constexpr (std::is_same_v<Storage, float>) {
+    kernels.as_float = {map_sigmoid<float>, map_tanh<float>};
+    kernels.multiply = multiply<float>;
+  }
+  if constexpr (std::is_same_v<Storage, double>)
+    kernels.as_double = {map_sigmoid<double>, map_tanh<double>};
+  return kernels;
+}
 
 }  // namespace
 
-extern const Isa kIsa;
-const Isa kIsa{
-    FUSED_RNN_ISA_NAME,
-    kBase,
-    Table::kCells,
-    Table::kCount,
-    kMath,
-    kMathCount,
-    {packing_of<float>(), packing_of<double>(), packing_of<BFloat16>(), packing_of<Float16>()},
-    multiply};
+#define FUSED_RNN_CONCAT(a, b) a##b
+#define FUSED_RNN_KERNELS(type) FUSED_RNN_CONCAT(k, type)
+extern const Kernels FUSED_RNN_KERNELS(FUSED_RNN_TYPE);
+constexpr Kernels FUSED_RNN_KERNELS(FUSED_RNN_TYPE) = all_kernels();
 
 }  // namespace fused_rnn::cpu::FUSED_RNN_ISA
