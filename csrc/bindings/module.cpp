@@ -30,9 +30,12 @@ namespace {
 template <class A>
 using Array = py::array_t<A, py::array::c_style>;
 
+constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+
 const cpu::Kernels& kernels_in(DType type) {
   const cpu::Kernels* kernels = cpu::chosen_isa()[type];
-  if (!kernels) throw py::value_error("built without kernels of this type: see FUSED_RNN_TYPES");
+  if (!kernels)
+    throw py::value_error(std::string("built without kernels for ") + cpu::name_of(type));
   return *kernels;
 }
 
@@ -175,18 +178,17 @@ double stream_rate(int64_t bytes, int threads) {
          multiplications_per_second(threads, 1, K, columns);
 }
 
-DType dtype_named(const CellInfo& cell, const std::string& dtype) {
-  for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16})
-    if (dtype == cpu::tag_for(cell, type, {}).dtype) return type;
+DType dtype_named(const std::string& dtype) {
+  for (const DType type : kTypes)
+    if (dtype == cpu::name_of(type)) return type;
   throw py::value_error("there are no kernels for " + dtype);
 }
 
 // How long what `pack` makes of one layer and direction is.
 size_t packed_bytes(const std::string& name, int64_t I, int64_t H, int64_t R, bool projected,
                     const std::string& dtype) {
-  const CellInfo& cell = cell_named(name).info;
-  const DType type = dtype_named(cell, dtype);
-  return kernels_in(type).packing.bytes(cell, {I, H, R, projected});
+  const cpu::Packing& packing = kernels_in(dtype_named(dtype)).packing;
+  return packing.bytes(cell_named(name).info, {I, H, R, projected});
 }
 
 py::dict strategy(const std::string& name, int64_t T, int64_t B, int64_t I, int64_t H, int64_t proj,
@@ -250,7 +252,7 @@ py::dict schedule(const std::string& name, int64_t B, int64_t H, const std::stri
     problem.steps.B = B;
     problem.H = problem.R = H;
     problem.weights = &weights;
-    return cuda::plan_persistent(cell, dtype_named(cell, dtype), problem, device);
+    return cuda::plan_persistent(cell, dtype_named(dtype), problem, device);
   };
   const cuda::PersistentPlan plan =
       backward ? plan_of(BackwardProblem()) : plan_of(ForwardProblem());
@@ -322,7 +324,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return cpu::chosen_isa().name; });
   m.def("compiled_isas", cpu::compiled_isas);
   m.def("build_info", [] {
+    std::string dtypes;
+    for (const DType type : kTypes)
+      if (cpu::chosen_isa()[type])
+        dtypes += (dtypes.empty() ? "" : " ") + std::string(cpu::name_of(type));
     return std::map<std::string, std::string>{{"compiler", __VERSION__},
+                                              {"dtypes", dtypes},
                                               {"torch", FUSED_RNN_TORCH_VERSION},
                                               {"cxx_flags", FUSED_RNN_CXX_FLAGS}};
   });

@@ -74,8 +74,12 @@ const Isa& chosen_isa() {
   return isa;
 }
 
+const char* name_of(DType type) {
+  static constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16"};
+  return kNames[int(type)];
+}
+
 PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes) {
-  static constexpr const char* kDTypes[] = {"float32", "float64", "bfloat16", "float16"};
   PackedTag tag{};
   const auto set = [](auto& field, const char* word) {
     std::strncpy(field, word, sizeof(field) - 1);
@@ -83,7 +87,7 @@ PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes) {
   set(tag.layout, "fused_rnn 2");
   set(tag.isa, chosen_isa().name);
   set(tag.cell, cell.name);
-  set(tag.dtype, kDTypes[int(dtype)]);
+  set(tag.dtype, name_of(dtype));
   tag.I = sizes.I;
   tag.H = sizes.H;
   tag.R = sizes.R;

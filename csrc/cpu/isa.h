@@ -78,6 +78,9 @@ std::vector<const char*> compiled_isas();
 // type that it has no kernels for, it has those of the next set that does.
 const Isa& chosen_isa();
 
+// The name of a type, as torch has it.
+const char* name_of(DType type);
+
 // The tag that frozen weights have where they can be used.
 PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes);
 
