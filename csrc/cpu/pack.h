@@ -193,15 +193,18 @@ void dot(int64_t M, int64_t K, const Operand<S>* a, int64_t lda, const S* w, int
   constexpr int depth = kDepth<Packed<S>>;
   constexpr int parts = kParts<O, depth>;
   constexpr int width = depth * L;  // elements of K at once
+  // Rows of W at once: enough sums in flight, and few enough to be in one page, as the processor
+  // looks ahead.
+  constexpr int some = 4;
   // sum[i] += some of a row of `a` times those of row i of W.
-  const auto next = [](const O* x, const S* const(&rows)[L], int64_t k, int64_t n,
-                       Vector<A>(&sum)[L]) __attribute__((always_inline)) {
+  const auto next = [](const O* x, const S* const* rows, int64_t k, int64_t n,
+                       Vector<A>* sum) __attribute__((always_inline)) {
     decltype(weights_of_part<O>(load_row(rows[0], n), 0)) operands[parts];
     load_operands<depth>(x + k, n, operands);
 #pragma GCC unroll 2
     for (int part = 0; part < parts; ++part)
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
+      for (int i = 0; i < some; ++i)
         sum[i] = multiply_add(sum[i], operands[part],
                               weights_of_part<O>(load_row(rows[i] + k, n), part));
   };
@@ -218,9 +221,12 @@ void dot(int64_t M, int64_t K, const Operand<S>* a, int64_t lda, const S* w, int
           Vector<A> sum[L];
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) sum[i] = Vector<A>{};
-          int64_t k = 0;
-          for (; k + width <= K; k += width) next(a + m * lda, rows, k, width, sum);
-          if (k < K) next(a + m * lda, rows, k, K - k, sum);
+#pragma GCC unroll 16
+          for (int i = 0; i < L; i += some) {
+            int64_t k = 0;
+            for (; k + width <= K; k += width) next(a + m * lda, rows + i, k, width, sum + i);
+            if (k < K) next(a + m * lda, rows + i, k, K - k, sum + i);
+          }
           result = sum_lanes<A>(sum);
           if (valid < L) {
             A lanes[L];
