@@ -29,8 +29,9 @@ class BackwardScan : Scan<BackwardProblem> {
         G_(cell.info.gates),
         first_gates_(info_.two_products() ? info_.first_gates : G_),
         block_rows_(largest_part(problem.steps, plan.blocks)),
-        bias_gate_(info_.norm_gates ? G_ + info_.unit_weights() : 0),
-        ldg_((G_ + info_.unit_weights() + (info_.norm_gates ? G_ : 0)) * Hp_ + kSkew) {}
+        ldg_((G_ + info_.diagonals) * Hp_ + kSkew),
+        ld_normed_(info_.norm_gates ? (info_.sums_gates ? 1 : 2) * G_ * Hp_ : 0),
+        ld_norms_(info_.gains() * Hp_ + ld_normed_) {}
 
   void lay_out(Arena& arena) {
     lay_out_teams(arena);
@@ -65,6 +66,8 @@ class BackwardScan : Scan<BackwardProblem> {
       dir.candidate_mask = arena.take<A>(p_.candidate_mask ? steps_.B * Hp_ : 0);
       dir.d_masked = arena.take<A>(p_.h_mask ? steps_.B * Rp_ : 0);
       dir.d_operand = arena.take<A>(steps_.B * operand_size());
+      dir.d_normed = arena.take<A>(steps_.B * ld_normed_);
+      dir.d_norms = arena.take<A>(steps_.B * ld_norms_);
       dir.gates_x = arena.take<A>(chunk_rows * ldg_);
       const bool same_gates = info_.sums_gates && !info_.norm_gates;
       dir.gates_h = same_gates ? dir.gates_x : arena.take<A>(chunk_rows * ldg_);
@@ -131,9 +134,12 @@ class BackwardScan : Scan<BackwardProblem> {
     A* d_h0;            // [B, Rp]
     A* d_c0;            // [B, Hp]
     A* d_operand;       // [B, Hp]; of a norm [B, 3, Hp]: normalised, as it was, and its value
+    A* d_normed;   // [B, ld_normed]: of the gates of W_ih x after their norm, and where they are
+                   // not the same of those of W_hh h
+    A* d_norms;    // [B, ld_norms]: of gains, and then of shifts, which are those above; summed
+                   // over the steps of a chunk
     A* gates_x;    // [chunk rows, ldg]: gradient of W_ih x, gates of Hp units one after another,
-                   // behind them that of diagonals and gains, and where gates are normalised
-                   // that of W_ih x after it, which is that of the bias
+                   // behind them that of diagonals
     A* gates_h;    // the same of W_hh h
     O* operand_x;  // what of them is multiplied by weights: the same, or rounded
     O* operand_h;
@@ -218,6 +224,8 @@ class BackwardScan : Scan<BackwardProblem> {
       const auto each_walker = [&](auto body) {
         each_member(crew, [&](const Member& member) { body(task.dir->walkers[member.index]); });
       };
+      if (info_.norm_gates)
+        each_walker([&](const Member& member) { clear_norms(task, member, chunk); });
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = task.d == 0 ? first + count - 1 - i : first + i;
         each_stage(crew, [&](Range stages) {
@@ -367,7 +375,8 @@ class BackwardScan : Scan<BackwardProblem> {
         const BackwardRow<A> at = row_of_step(task, member, chunk, t, b);
         if (stages.begin == 0) cell_.backward(at);
         if (info_.norm_gates)
-          for (int64_t stage = stages.begin; stage < stages.end; ++stage) through_norms(at, stage);
+          for (int64_t stage = stages.begin; stage < stages.end; ++stage)
+            through_norms(at, norms_of(task, b), stage);
       }
     if (!info_.two_products()) {
       if (stages.end == info_.stages()) round_gates(task, member, chunk, t, 0, G_);
@@ -416,44 +425,59 @@ class BackwardScan : Scan<BackwardProblem> {
     return info_.normed_operand ? 3 * Hp_ : info_.two_products() ? Hp_ : 0;
   }
 
+  // Where the norms of sequence b have their gradients.
+  struct Norms {
+    A* d;
+    A* d_gains;
+    A* d_shifts;
+  };
+  Norms norms_of(const Task& task, int64_t b) const {
+    A* d_norms = task.dir->d_norms + b * ld_norms_;
+    return {task.dir->d_normed + b * ld_normed_, d_norms, d_norms + info_.gains() * Hp_};
+  }
+
+  // Of the sequences that have a step in a chunk.
+  void clear_norms(const Task& task, const Member& member, const Chunk& chunk) const {
+    for (int64_t i = 0; i < alive(member, chunk.first); ++i)
+      for (int64_t slot = 0; slot < ld_norms_; slot += Hp_)
+        for (int64_t u = member.units.begin; u < member.units.end; u += L)
+          store(norms_of(task, member.rows.begin + i).d_gains + slot + u, Vector<A>{});
+  }
+
   // One stage of the way from the gradients of normalised gates to those of the products.
-  void through_norms(const BackwardRow<A>& at, int64_t stage) const {
-    if (stage + 1 == info_.stages()) return through_gate_norms(at);
+  void through_norms(const BackwardRow<A>& at, const Norms& norms, int64_t stage) const {
+    if (stage + 1 == info_.stages()) return through_gate_norms(at, norms);
     if (info_.normed_operand) {
       if (stage == 0)
         return cell_.saved_operand(at, at.begin, at.end, at.d_operand + 2 * Hp_ + at.begin);
-      through_operand_norm(at);
+      through_operand_norm(at, norms);
     }
-    const Range units{at.begin, at.end};
-    for (int64_t g = 0; g < G_ * Hp_; g += Hp_) {
-      copy_units(at.gates_x + g, units, at.gates_x + bias_gate_ * Hp_ + g);
-      if (!info_.sums_gates) copy_units(at.gates_h + g, units, at.gates_h + bias_gate_ * Hp_ + g);
+    for (int64_t slot = 0; slot < ld_normed_; slot += Hp_) {
+      const A* d = slot < G_ * Hp_ ? at.gates_x + slot : at.gates_h + slot - G_ * Hp_;
+      for (int64_t u = at.begin; u < at.end; u += L) store(norms.d + slot + u, load(d + u));
+      add_units(d, {at.begin, at.end}, norms.d_shifts + slot);
     }
   }
 
-  A* d_gains(const BackwardRow<A>& at) const { return at.gates_x + (G_ + info_.diagonals) * Hp_; }
-
-  void through_operand_norm(BackwardRow<A> at) const {
+  void through_operand_norm(BackwardRow<A> at, const Norms& norms) const {
     const Range units{at.begin, at.end};
     const int64_t gain = 2 * G_ * Hp_, shift = gain + Hp_;
     const A* const normed = at.d_operand;
     at.d_operand += Hp_;  // as it was: what no other member reads
-    copy_units(normed, units, d_gains(at) + shift);
+    add_units(normed, units, norms.d_gains + shift);
     normalise_backward(GatesInSlots<A>{0, 1, p_.H, Hp_}, units, at.d_operand + Hp_,
-                       at.w + info_.diagonals * Hp_ + gain, normed, d_gains(at) + gain,
+                       at.w + info_.diagonals * Hp_ + gain, normed, norms.d_gains + gain,
                        [&](int64_t u, Vector<A> d) __attribute__((always_inline)) {
                          store(at.d_operand + u, load(at.d_operand + u) + d);
                        });
     cell_.operand_backward(at);
   }
 
-  // From the gradients of normalised gates, which are those of the biases.
-  void through_gate_norms(const BackwardRow<A>& at) const {
+  void through_gate_norms(const BackwardRow<A>& at, const Norms& norms) const {
     const int64_t gates = G_ * Hp_;
     const A* const gains = at.w + info_.diagonals * Hp_;
     const A* const raw = at.states + (slots_ - 2 * G_) * Hp_;
-    const A* const dx = at.gates_x + bias_gate_ * Hp_;
-    const A* const dh = info_.sums_gates ? dx : at.gates_h + bias_gate_ * Hp_;
+    const A* const dh = info_.sums_gates ? norms.d : norms.d + gates;
     each_norm([&](int first, int count) {
       const auto through = [&](const A* row, const A* gain, const A* d, A* to, A* d_gain) {
         normalise_backward(GatesInSlots<A>{first, count, p_.H, Hp_}, {at.begin, at.end}, row, gain,
@@ -461,13 +485,14 @@ class BackwardScan : Scan<BackwardProblem> {
                            [&](int64_t u, Vector<A> d_row)
                                __attribute__((always_inline)) { store(to + u, d_row); });
       };
-      through(raw, gains, dx, at.gates_x, d_gains(at));
-      through(raw + gates, gains + gates, dh, at.gates_h, d_gains(at) + gates);
+      through(raw, gains, norms.d, at.gates_x, norms.d_gains);
+      through(raw + gates, gains + gates, dh, at.gates_h, norms.d_gains + gates);
     });
   }
 
-  static void copy_units(const A* from, Range units, A* to) {
-    for (int64_t u = units.begin; u < units.end; u += L) store(to + u, load(from + u));
+  static void add_units(const A* from, Range units, A* to) {
+    for (int64_t u = units.begin; u < units.end; u += L)
+      store(to + u, load(to + u) + load(from + u));
   }
 
   BackwardRow<A> row_of_step(const Task& task, const Member& member, const Chunk& chunk, int64_t t,
@@ -730,11 +755,18 @@ class BackwardScan : Scan<BackwardProblem> {
       outer_product(chunk, 1, p_.R, part_of(Rp_, kUnitPad, member.index, member.size),
                     dir.d_projected, Rp_ + kSkew,
                     Factor{dir.unprojected, p_.H, grads.hr, dir.d_hr});
-    sum_rows(chunk, units, dir.gates_x + G_ * Hp_, info_.unit_weights(), dir.d_bias_ih + G_ * Hp_);
+    const Rows gates_x{dir.gates_x, chunk.rows(), ldg_}, gates_h{dir.gates_h, chunk.rows(), ldg_};
+    A* const d_weights = dir.d_bias_ih + G_ * Hp_;
+    sum_rows(gates_x.behind(G_ * Hp_), units, info_.diagonals, chunk.is_first, d_weights);
+    const Rows norms{dir.d_norms + chunk.begin * ld_norms_, chunk.rows_at(chunk.first), ld_norms_};
+    const int gains = info_.gains();
+    sum_rows(norms, units, gains, chunk.is_first, d_weights + info_.diagonals * Hp_);
     if (!grads.bias_ih) return;
-    sum_rows(chunk, units, dir.gates_x + bias_gate_ * Hp_, G_, dir.d_bias_ih);
-    if (!info_.sums_gates)
-      sum_rows(chunk, units, dir.gates_h + bias_gate_ * Hp_, G_, dir.d_bias_hh);
+    const Rows biases = info_.norm_gates ? norms.behind(gains * Hp_) : gates_x;
+    sum_rows(biases, units, G_, chunk.is_first, dir.d_bias_ih);
+    if (info_.sums_gates) return;
+    const Rows others = info_.norm_gates ? biases.behind(G_ * Hp_) : gates_h;
+    sum_rows(others, units, G_, chunk.is_first, dir.d_bias_hh);
   }
 
   // d[g*units + j, i] += sum over the chunk of left[row, g, j] * right[row, i], for j in `range`
@@ -811,29 +843,36 @@ class BackwardScan : Scan<BackwardProblem> {
     });
   }
 
-  // out[count, Hp] += the sum of the chunk's rows. Blocks are summed first: a bias is a sum over
+  struct Rows {
+    const A* data;
+    int64_t count;
+    int64_t stride;
+    Rows behind(int64_t offset) const { return {data + offset, count, stride}; }
+  };
+
+  // out[slots, Hp] += the sum of some rows, or is it. Blocks are summed first: a bias is a sum over
   // all rows, with no product to hide behind, and one long row of additions loses more digits than
   // torch does.
-  void sum_rows(const Chunk& chunk, Range units, const A* gates, int count, A* out) const {
+  void sum_rows(const Rows& rows, Range units, int slots, bool overwrite, A* out) const {
     constexpr int64_t kBlock = 8;
     constexpr int kAtOnce = kUnitPad / L;  // vectors: one of a row alone is less than a line
-    for (int g = 0; g < count; ++g)
+    for (int s = 0; s < slots; ++s)
       for (int64_t u = units.begin; u < units.end; u += kUnitPad) {
         Vector<A> sum[kAtOnce] = {};
-        for (int64_t first = 0; first < chunk.rows(); first += kBlock) {
-          const int64_t end = first + kBlock < chunk.rows() ? first + kBlock : chunk.rows();
+        for (int64_t first = 0; first < rows.count; first += kBlock) {
+          const int64_t end = first + kBlock < rows.count ? first + kBlock : rows.count;
           Vector<A> block[kAtOnce] = {};
           for (int64_t row = first; row < end; ++row)
 #pragma GCC unroll 8
             for (int v = 0; v < kAtOnce; ++v)
-              block[v] += load(gates + row * ldg_ + g * Hp_ + u + v * L);
+              block[v] += load(rows.data + row * rows.stride + s * Hp_ + u + v * L);
 #pragma GCC unroll 8
           for (int v = 0; v < kAtOnce; ++v) sum[v] += block[v];
         }
 #pragma GCC unroll 8
         for (int v = 0; v < kAtOnce; ++v) {
-          A* total = out + g * Hp_ + u + v * L;
-          store(total, chunk.is_first ? sum[v] : sum[v] + load(total));
+          A* total = out + s * Hp_ + u + v * L;
+          store(total, overwrite ? sum[v] : sum[v] + load(total));
         }
       }
   }
@@ -956,8 +995,9 @@ class BackwardScan : Scan<BackwardProblem> {
   const int G_;
   const int first_gates_;     // those that W_hh h adds to
   const int64_t block_rows_;  // sequences of a block, at most
-  const int bias_gate_;       // where the gradients of the biases stand in a row of them
   const int64_t ldg_;         // of the gate gradients
+  const int64_t ld_normed_;   // of those of normalised gates
+  const int64_t ld_norms_;    // of those of the norms
   Direction* directions_;     // [slots of work]
   A* between_;                // [betweens, N, D*R]: gradient of a layer's output
 };

@@ -263,8 +263,21 @@ class ForwardScan : Scan<ForwardProblem> {
         task.packed.ih ? rows : 0, task.I, G_, member.units.begin, member.units.end,
         [&](int64_t unit, int vectors, int panels, int64_t next) {
           const A* bias = info_.norm_gates ? kZeros : task.packed.bias_ih + unit * G_;
-          product(G_, 0, rows, task.I, x, ldx, static_cast<const S*>(task.weights.ih), p_.H,
-                  task.packed.ih, unit, next, vectors, panels, bias, gates + unit * G_, G_ * Hp_);
+          const bool fetches = p_.saved && info_.norm_gates;
+          // A tile over several panels takes all rows.
+          const int64_t highest = panels > 1 || !fetches ? rows : max_rows(G_ * vectors);
+          int64_t i = 0;
+          for_heights(rows, highest, [&](int64_t m, int64_t n) {
+            for (int64_t row = m; fetches && row < m + n; ++row) {
+              while (row >= offsets[i + 1]) ++i;
+              const int64_t b = member.rows.begin + row - offsets[i];
+              fetch(saved_row(task, first + i, b, slots_ - 2 * G_) + unit, G_,
+                    panels * vectors * L);
+            }
+            product(G_, m, n, task.I, x + m * ldx, ldx, static_cast<const S*>(task.weights.ih),
+                    p_.H, task.packed.ih, unit, next, vectors, panels, bias,
+                    gates + m * G_ * Hp_ + unit * G_, G_ * Hp_);
+          });
         });
   }
 
@@ -494,7 +507,7 @@ class ForwardScan : Scan<ForwardProblem> {
       out = dir.gates_h + (member.rows.begin + m) * G_ * Hp_ + unit * G_;
       ldo = G_ * Hp_;
     }
-    const bool fetches = at.saved && !info_.norm_gates && which == info_.two_products();
+    const bool fetches = at.saved && which == info_.two_products();
     for_panels_at_once<W>(
         r.packed ? height : 0, p_.R, r.gates, unit, unit + panels * vectors * L, turn(parity),
         [&](int64_t u, int, int at_once, int64_t after) {
@@ -516,12 +529,18 @@ class ForwardScan : Scan<ForwardProblem> {
   // fetches.
   FUSED_RNN_INLINE void fetch_results(const ForwardStep<S>& at, int64_t m, int64_t height,
                                       int64_t unit, int64_t units) const {
-    for (int64_t i = m; i < m + height; ++i)
-      for (int64_t u = unit; u < unit + units; u += kLine / int64_t(sizeof(A))) {
-        if (!at.own) __builtin_prefetch(at.y_row(i) + u, 0, 2);
-        for (int s = 0; s < info_.states + info_.saved; ++s)
-          __builtin_prefetch(at.saved + i * at.ld_saved + s * at.slot + u, 0, 2);
-      }
+    for (int64_t i = m; i < m + height; ++i) {
+      const A* saved = at.saved + i * at.ld_saved + unit;
+      for (int64_t u = unit; !at.own && u < unit + units; u += kLine / int64_t(sizeof(A)))
+        __builtin_prefetch(at.y_row(i) + u, 0, 2);
+      fetch(saved, info_.states + info_.saved, units);
+      if (info_.norm_gates) fetch(saved + (slots_ - G_) * Hp_, G_, units);
+    }
+  }
+  // Some units of slots that follow one another.
+  FUSED_RNN_INLINE void fetch(const A* slots, int count, int64_t units) const {
+    for (int64_t u = 0; u < units; u += kLine / int64_t(sizeof(A)))
+      for (int s = 0; s < count; ++s) __builtin_prefetch(slots + s * Hp_ + u, 0, 2);
   }
 
   // The stages of a step after its products, where those are normalised.

@@ -146,7 +146,7 @@ void normalise(const Gates& gates, Range units, const A* row, const A* gain, con
 }
 
 // From the gradient of y, which is there as a whole, to those of some units of the row, as
-// store_row(at, gradient), and of the gain.
+// store_row(at, gradient), and to that of the gain, which is added to.
 template <class A, class Store>
 FUSED_RNN_INLINE void normalise_backward(const GatesInSlots<A>& gates, Range units, const A* row,
                                          const A* gain, const A* dy, A* d_gain, Store store_row) {
@@ -161,7 +161,7 @@ FUSED_RNN_INLINE void normalise_backward(const GatesInSlots<A>& gates, Range uni
   const Vector<A> mean = sum.over(count), mean_with = sum_with.over(count);
   gates.each_of(units, [&](int64_t at, int64_t valid) __attribute__((always_inline)) {
     const Vector<A> d = load(dy + at), xhat = moments.normalised(load(row + at));
-    store(d_gain + at, d * xhat);
+    store(d_gain + at, load(d_gain + at) + d * xhat);
     store_row(at,
               only_units<A>(moments.backward(d * load(gain + at), xhat, mean, mean_with), valid));
   });

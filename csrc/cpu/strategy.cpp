@@ -162,8 +162,9 @@ Plan choose(const Stack& s, const CellInfo& cell, const Machine& machine, double
   // used are better shared than read by each.
   const int64_t uneven =
       question.unit_parts < 4 * question.threads ? question.unit_parts % question.threads : 0;
+  // Of a ragged batch the sequences that a step has on average.
   const bool high =
-      s.steps.B >= kRowsWorthAThread * question.threads && !(share_weights && !uneven);
+      s.steps.N >= kRowsWorthAThread * question.threads * s.steps.T && !(share_weights && !uneven);
   const Split order[] = {high ? Split::kRows : Split::kUnits, Split::kUnits, Split::kLayers,
                          Split::kRows};
   for (const Split split : order)
