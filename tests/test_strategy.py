@@ -49,6 +49,8 @@ def plan(T: int, B: int, H: int, **options: Any) -> Plan:
         ("units", (50, 5, 256), {}),
         ("units", (50, 5, 256), {"directions": 2, "threads": 4}),
         ("rows", (50, 6, 256), {}),
+        ("units", (50, 8, 256), {"rows": 200}),  # ragged: four at a step
+        ("rows", (50, 8, 64), {"rows": 200}),
         ("units", (1, 1, 1024), {}),
         ("layers", (500, 1, 64), {"layers": 2}),
         ("rows", (500, 32, 64), {"layers": 2}),

@@ -195,7 +195,7 @@ void dot(int64_t M, int64_t K, const Operand<S>* a, int64_t lda, const S* w, int
   constexpr int width = depth * L;  // elements of K at once
   // Rows of W at once: enough sums in flight, and few enough to be in one page, as the processor
   // looks ahead.
-  constexpr int some = 4;
+  constexpr int some = L < 4 ? L : 4;
   // sum[i] += some of a row of `a` times those of row i of W.
   const auto next = [](const O* x, const S* const* rows, int64_t k, int64_t n,
                        Vector<A>* sum) __attribute__((always_inline)) {
