@@ -140,7 +140,7 @@ def test_instruction_sets_that_are_built(recipe: Any, monkeypatch: pytest.Monkey
         return sets
 
     every = {"Float32", "Float64", "BFloat16", "Float16"}
-    everything = {isa: every for isa in ("baseline", "avx2", "avx512")}
+    everything = dict.fromkeys(("baseline", "avx2", "avx512"), every)
     everything["avx512_bf16"] = {"BFloat16"}
     monkeypatch.setitem(recipe.kernels.__globals__, "X86", True)
     assert built() == everything

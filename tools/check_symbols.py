@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 
-
 def instruction_set(file: Path) -> str:
     """The set whose kernels an object has, or the base set."""
     _, _, pair = file.stem.partition("kernels_")
