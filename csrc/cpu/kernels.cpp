@@ -94,15 +94,18 @@ template <class... Cs>
 CellTable<Cs...> table_of(TypeList<Cs...>);
 using Table = decltype(table_of(Cells{}));
 
-template <class A>
-void map_sigmoid(int64_t n, const A* x, A* y) {
+template <class A, class Function>
+void map(int64_t n, const A* x, A* y, Function function) {
   for (int64_t i = 0; i < n; i += kLanes<A>)
-    store_partial(y + i, math::sigmoid(load_partial(x + i, n - i)), n - i);
+    store_partial(y + i, function(load_partial(x + i, n - i)), n - i);
 }
 template <class A>
-void map_tanh(int64_t n, const A* x, A* y) {
-  for (int64_t i = 0; i < n; i += kLanes<A>)
-    store_partial(y + i, math::tanh(load_partial(x + i, n - i)), n - i);
+constexpr MathFunctions<A> math_functions() {
+  return {
+      [](int64_t n, const A* x, A* y) {
+        map(n, x, y, [](Vector<A> v) { return math::sigmoid(v); });
+      },
+      [](int64_t n, const A* x, A* y) { map(n, x, y, [](Vector<A> v) { return math::tanh(v); }); }};
 }
 
 template <class A>
@@ -121,11 +124,10 @@ constexpr Kernels all_kernels() {
   kernels.cell_count = int(sizeof(Table::kCells) / sizeof(CellKernels));
   kernels.packing = {panel_step<Storage>, packed_bytes<Storage>, pack_weights<Storage>};
   if constexpr (std::is_same_v<Storage, float>) {
-    kernels.as_float = {map_sigmoid<float>, map_tanh<float>};
+    kernels.as_float = math_functions<float>();
     kernels.multiply = multiply<float>;
   }
-  if constexpr (std::is_same_v<Storage, double>)
-    kernels.as_double = {map_sigmoid<double>, map_tanh<double>};
+  if constexpr (std::is_same_v<Storage, double>) kernels.as_double = math_functions<double>();
   return kernels;
 }
 
