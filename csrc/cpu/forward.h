@@ -264,8 +264,9 @@ class ForwardScan : Scan<ForwardProblem> {
         [&](int64_t unit, int vectors, int panels, int64_t next) {
           const A* bias = info_.norm_gates ? kZeros : task.packed.bias_ih + unit * G_;
           const bool fetches = p_.saved && info_.norm_gates;
-          // A tile over several panels takes all rows.
-          const int64_t highest = panels > 1 || !fetches ? rows : max_rows(G_ * vectors);
+          // A tile over several panels takes all rows, and weights as they are should be read once.
+          const bool all = panels > 1 || !task.packed.ih || !fetches;
+          const int64_t highest = all ? rows : max_rows(G_ * vectors);
           int64_t i = 0;
           for_heights(rows, highest, [&](int64_t m, int64_t n) {
             for (int64_t row = m; fetches && row < m + n; ++row) {
@@ -512,7 +513,8 @@ class ForwardScan : Scan<ForwardProblem> {
         r.packed ? height : 0, p_.R, r.gates, unit, unit + panels * vectors * L, turn(parity),
         [&](int64_t u, int, int at_once, int64_t after) {
           const int64_t column = (u - unit) * r.gates;
-          const int64_t highest = at_once > 1 || !fetches ? height : max_rows(r.gates * vectors);
+          const bool all = at_once > 1 || !r.packed || !fetches;  // as of input_product
+          const int64_t highest = all ? height : max_rows(r.gates * vectors);
           for_heights(height, highest, [&](int64_t i, int64_t n) {
             if (fetches) fetch_results(at, m + i, n, u, at_once * vectors * L);
             product(r.gates, m + i, n, p_.R, a + i * lda, lda, w, p_.H, r.packed, u,
