@@ -162,6 +162,11 @@ def test_instruction_sets_that_are_built(recipe: Any, monkeypatch: pytest.Monkey
     assert built() == {"baseline": every}
 
 
+def test_flags_are_left_out_that_the_compiler_does_not_take(recipe: Any) -> None:
+    compiler = recipe.find_compiler()
+    assert recipe.accepted(compiler, ["-fno-such-flag", "-O1"]) == ["-O1"]
+
+
 def test_without_nvcc_the_build_goes_on_and_says_why(
     recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
