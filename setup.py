@@ -73,8 +73,8 @@ CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math "
     "-ffp-contract=fast -Wall -Wextra -Wno-psabi"
 ).split()
-# Of g++: how far it looks for what else a register tile's element may be. With its own limit, 1000,
-# that is a third of the time, for the same code but for some instructions.
+# Of g++: how far it looks for what else a register tile's element may be ("alias stmt walking" of
+# -ftime-report). Its own limit is 1000, for the same code but for some instructions.
 OPTIONAL_FLAGS = ["--param=sccvn-max-alias-queries-per-access=250"]
 LD_FLAGS = ["-shared", "-pthread"]
 KERNELS = Path("csrc/cpu/kernels.cpp")
