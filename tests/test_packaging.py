@@ -86,9 +86,9 @@ def test_sdist_is_complete(sdist: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_from_sdist_works_away_from_the_source(sdist: Path, tmp_path: Path) -> None:
-    # Of one set and unoptimised: the same headers, in an eighth of the time.
+    # Of one set and type and unoptimised: the same headers, in little of the time.
     quick = {"FUSED_RNN_STRICT": "1", "FUSED_RNN_CUDA": "0", "CXXFLAGS": "-O0"}
-    quick["FUSED_RNN_ISAS"] = "baseline"
+    quick |= {"FUSED_RNN_ISAS": "baseline", "FUSED_RNN_TYPES": "float32"}
     _, package = build_wheel(sdist, tmp_path, **quick)
     modules = {f.relative_to(sdist) for f in (sdist / "fused_rnn").rglob("*.py")}
     assert {f.relative_to(package) for f in package.rglob("*.py")} == modules
@@ -101,6 +101,13 @@ def test_wheel_from_sdist_works_away_from_the_source(sdist: Path, tmp_path: Path
     assert info.returncode == 0, info.stdout
     assert info.stdout.endswith("OK\n")
     assert "off: built with FUSED_RNN_CUDA=0" in info.stdout
+
+    call = (
+        "import fused_rnn, torch; x = torch.ones(1, 1, 2).double(); fused_rnn.GRU(2, 2).double()(x)"
+    )
+    left_out = python(package, "-c", call)
+    assert left_out.returncode != 0
+    assert "built without kernels for float64: see FUSED_RNN_TYPES" in left_out.stdout
 
 
 @pytest.fixture
