@@ -70,7 +70,7 @@ emulated: build
 # are left out, for time: float64 takes the ways of float32, float16 its panels and the rounding of bfloat16.
 sanitize: build
 	isa=$$($(ISA)) && export FUSED_RNN_SANITIZE=$$isa FUSED_RNN_ISAS=$$isa FUSED_RNN_TYPES=bfloat16 \
-	  && FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --force --build-lib $(SANITIZED) \
+	  && FUSED_RNN_CUDA=0 FUSED_RNN_EMULATOR=0 $(PY) setup.py -q build --force --build-lib $(SANITIZED) \
 	  && nm build/*-sanitize/csrc/cpu/kernels_$${isa}_bfloat16.o | grep -q __asan_report
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \

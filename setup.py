@@ -52,15 +52,18 @@ AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = (
     "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512 -Wno-maybe-uninitialized"
 ).split()
-# Named as `fused_rnn._C.isa()` names them. csrc/cpu/kernels.cpp is compiled for each in each type.
+# Named as `fused_rnn._C.isa()` names them. csrc/cpu/kernels.cpp is compiled for each in each type,
+# csrc/cpu/cells.cpp in each type that is calculated in.
 ISA_FLAGS = {
     "baseline": [],
     "avx512_bf16": [*AVX2, *AVX512, "-mavx512bf16"],
     "avx512": [*AVX2, *AVX512],
     "avx2": AVX2,
 }
-TYPES = ("Float32", "Float64", "BFloat16", "Float16")
-# Of a set whose instructions are for some types only; in the others it runs the kernels of a base.
+# Of storage, and what each is calculated in.
+TYPES = {"Float32": "float", "Float64": "double", "BFloat16": "float", "Float16": "float"}
+# Of a set whose instructions are for some types only; in the others it runs the kernels of a base,
+# and in all of them its cells.
 OWN_TYPES = {"avx512_bf16": ("BFloat16",)}
 BASES = {"avx512_bf16": "avx512"}
 
@@ -77,7 +80,7 @@ CXX_FLAGS = (
 # -ftime-report). Its own limit is 1000, for the same code but for some instructions.
 OPTIONAL_FLAGS = ["--param=sccvn-max-alias-queries-per-access=250"]
 LD_FLAGS = ["-shared", "-pthread"]
-KERNELS = Path("csrc/cpu/kernels.cpp")
+KERNELS, CELLS = Path("csrc/cpu/kernels.cpp"), Path("csrc/cpu/cells.cpp")
 FOR_PYTHON = ("module.cpp", "direct.cpp")  # in csrc/bindings, and no part of an op
 SANITIZERS: list[str] = []
 if SANITIZE != "0":
@@ -349,7 +352,7 @@ class NinjaBuild(build_ext):
 
         objects = {}
         for source in map(Path, ext.sources):
-            if source == KERNELS or (source.suffix == ".cu" and not cuda.nvcc):
+            if source in (KERNELS, CELLS) or (source.suffix == ".cu" and not cuda.nvcc):
                 continue
             name = source.with_suffix(".o")
             own = flags[source.parent.name]
@@ -360,15 +363,23 @@ class NinjaBuild(build_ext):
         # Of a function that several objects have, the linker keeps the first one's: not one with
         # wider instructions, nor one that is not sanitized.
         for isa, type_ in sorted(kernels(), key=lambda kernel: kernel[0] not in sanitized):
-            own = [*common, *optional, *ISA_FLAGS[isa]]
-            own += [f"-DFUSED_RNN_ISA={isa}", f"-DFUSED_RNN_TYPE={type_}"]
+            own = [*common, *optional, *ISA_FLAGS[isa], f"-DFUSED_RNN_ISA={isa}"]
             if isa not in sanitized:  # nor run
                 own = [*(flag for flag in own if flag not in SANITIZERS), "-O0", "-g0"]
             elif SANITIZERS:
                 # Looking for uses of a local after its scope, g++ takes three times as long.
                 own.append("-fno-sanitize-address-use-after-scope")
-            name = KERNELS.with_name(f"kernels_{isa}_{type_.lower()}.o")
-            objects[name] = compile_to(name, KERNELS, "cxx", own)
+            cells = BASES.get(isa, isa)
+            scans = [f"-DFUSED_RNN_CELLS={cells}", f"-DFUSED_RNN_TYPE={type_}"]
+            accumulate = TYPES[type_]
+            files = [(KERNELS, f"kernels_{isa}_{type_.lower()}.o", scans)]
+            if cells == isa:
+                define = f"-DFUSED_RNN_ACCUMULATE={accumulate}"
+                files.append((CELLS, f"cells_{isa}_{accumulate}.o", [define]))
+            for source, file, defines in files:
+                name = source.with_name(file)
+                if name not in objects:  # cells serve several types
+                    objects[name] = compile_to(name, source, "cxx", [*own, *defines])
         # Static, because torch may have another version of it loaded, or none.
         runtime = [f"-L{cuda.root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
         link_to(target, list(objects.values()), *(runtime if cuda.nvcc else []))

@@ -249,10 +249,14 @@ def test_check_includes_catches_a_planted_include(
 
 
 @pytest.mark.parametrize(("shared", "status"), [(True, 1), (False, 0)])
+@pytest.mark.parametrize(
+    "units",
+    [("kernels_avx2_float32", "kernels_baseline_float32"), ("cells_avx2_float", "cells_float")],
+)
 def test_check_symbols_catches_a_function_two_instruction_sets_share(
-    tmp_path: Path, shared: bool, status: int
+    tmp_path: Path, units: tuple[str, str], shared: bool, status: int
 ) -> None:
-    for unit in ("kernels_avx2_float32", "kernels_baseline_float32"):
+    for unit in units:
         name = "shared" if shared else unit
         source = f"inline int {name}_name(int x) {{ return x + 1; }} auto {unit} = &{name}_name;"
         (tmp_path / f"{unit}.cpp").write_text(source)

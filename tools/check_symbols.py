@@ -8,15 +8,16 @@ python tools/check_symbols.py FOLDER_OF_OBJECTS...
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 
 def instruction_set(file: Path) -> str:
-    """The set whose kernels an object has, or the base set."""
-    _, _, pair = file.stem.partition("kernels_")
-    return pair.rpartition("_")[0] or "baseline"
+    """The set whose kernels or cells an object has, or the base set, as csrc/cuda has it."""
+    found = re.fullmatch(r"(?:kernels|cells)_(.+)_[^_]+", file.stem)
+    return found[1] if found else "baseline"
 
 
 def weak_functions(file: Path) -> set[str]:

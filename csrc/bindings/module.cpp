@@ -39,9 +39,9 @@ const cpu::Kernels& kernels_in(DType type) {
   return *kernels;
 }
 
-const cpu::CellKernels& cell_named(const std::string& name, DType type = DType::kFloat32) {
+const cpu::AnyCell& cell_named(const std::string& name, DType type = DType::kFloat32) {
   kernels_in(type);
-  const cpu::CellKernels* cell = cpu::find_cell(name.c_str(), type);
+  const cpu::AnyCell* cell = cpu::find_cell(name.c_str(), type);
   if (!cell) throw py::key_error("there is no cell '" + name + "'");
   return *cell;
 }
@@ -51,13 +51,9 @@ constexpr bool kFloat = std::is_same_v<A, float>;
 template <class A>
 constexpr DType kType = kFloat<A> ? DType::kFloat32 : DType::kFloat64;
 
-// What kernels have in A for tests.
-template <class A, class Kernels>
-const auto& functions(const Kernels& kernels) {
-  if constexpr (kFloat<A>)
-    return kernels.as_float;
-  else
-    return kernels.as_double;
+template <class A>
+const cpu::CellFunctions<A>& functions(const cpu::AnyCell& cell) {
+  return static_cast<const cpu::CellRows<A>&>(cell).functions;
 }
 
 // Checks that an argument is [count, n] and gives its data; n is taken from the first one.
@@ -73,7 +69,7 @@ const A* rows(const Array<A>& array, const char* name, int count, py::ssize_t& n
 template <class A>
 py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A> w, Array<A> m,
                        Array<A> prev) {
-  const cpu::CellKernels& cell = cell_named(name, kType<A>);
+  const cpu::AnyCell& cell = cell_named(name, kType<A>);
   const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* px = rows(x, "x", info.gates, n);
@@ -89,7 +85,7 @@ py::tuple cell_forward(const std::string& name, Array<A> x, Array<A> h, Array<A>
 template <class A>
 py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> w, Array<A> m,
                         Array<A> prev, Array<A> state, Array<A> d_state) {
-  const cpu::CellKernels& cell = cell_named(name, kType<A>);
+  const cpu::AnyCell& cell = cell_named(name, kType<A>);
   const CellInfo& info = cell.info;
   py::ssize_t n = -1;
   const A* pprev = rows(prev, "prev", info.states, n);
@@ -107,7 +103,7 @@ py::tuple cell_backward(const std::string& name, Array<A> saved, Array<A> w, Arr
 
 template <class A>
 Array<A> math(const std::string& name, Array<A> x) {
-  const cpu::MathFunctions<A>& of = functions<A>(kernels_in(kType<A>));
+  const auto& of = static_cast<const cpu::CellTableOf<A>&>(*kernels_in(kType<A>).cells);
   Array<A> y(x.size());
   if (name == "sigmoid") return of.sigmoid(x.size(), x.data(), y.mutable_data()), y;
   if (name == "tanh") return of.tanh(x.size(), x.data(), y.mutable_data()), y;
@@ -307,9 +303,9 @@ PYBIND11_MODULE(_C, m) {
   using namespace fused_rnn;
   m.def("cells", [] {
     std::map<std::string, std::map<std::string, int>> cells;
-    const cpu::Kernels& kernels = kernels_in(DType::kFloat32);
-    for (int i = 0; i < kernels.cell_count; ++i) {
-      const CellInfo& info = kernels.cells[i].info;
+    const cpu::CellTable& table = *kernels_in(DType::kFloat32).cells;
+    for (int i = 0; i < table.count; ++i) {
+      const CellInfo& info = table.all[i]->info;
       cells[info.name] = {{"gates", info.gates},
                           {"states", info.states},
                           {"saved", info.saved},

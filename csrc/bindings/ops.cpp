@@ -220,12 +220,13 @@ class Call {
   Call(const Question& q, const Controls& controls, const FrozenSizes* frozen = nullptr)
       : type(q.input.scalar_type()),
         dtype(dtype_of(type)),
-        kernels(cpu::find_cell(q.cell.c_str(), dtype)),
+        kernels(cpu::chosen_isa()[dtype]),
+        cell(cpu::find_cell(q.cell.c_str(), dtype)),
         device(q.input),
         batch_first_(q.batch_first && !q.batch_sizes) {
-    check(cpu::chosen_isa()[dtype], "fused_rnn was built without kernels for ", name_of(type),
+    check(kernels, "fused_rnn was built without kernels for ", name_of(type),
           ": see FUSED_RNN_TYPES in its setup.py");
-    check(kernels, "there is no cell '", q.cell, "'");
+    check(cell, "there is no cell '", q.cell, "'");
     check(q.layers >= 1, "num_layers must be at least 1, got ", q.layers);
     stack.layers = q.layers;
     stack.weight_bytes = int64_t(size_of(type));
@@ -249,7 +250,7 @@ class Call {
           "all_c needs a cell with c, one layer and a sequence");
   }
 
-  bool has_c() const { return kernels->info.states > 1; }
+  bool has_c() const { return cell->info.states > 1; }
   bool is_padded() const { return !lengths_.empty() && !stack.input.packed; }
   // One step of one layer, [B, I]: its states have no leading dimension, and its output is h_n.
   bool is_step() const { return step_; }
@@ -264,8 +265,7 @@ class Call {
   }
   Shape input_shape() const { return sequence_shape(stack.I); }
   Shape saved_shape() const {
-    return {stack.layers * stack.dirs, rows_,
-            saved_slots(stack, kernels->info) * pad_units(stack.H)};
+    return {stack.layers * stack.dirs, rows_, saved_slots(stack, cell->info) * pad_units(stack.H)};
   }
   ScalarType saved_type() const { return type == ScalarType::Double ? type : ScalarType::Float; }
 
@@ -325,9 +325,8 @@ class Call {
   template <class Planner>
   cpu::Plan plan(Planner planner) const {
     cpu::Machine machine = cpu::this_machine(int(torch::stable::get_num_threads()));
-    if (stack.frozen())
-      machine.unit_step = cpu::chosen_isa()[dtype]->packing.panel_step(kernels->info);
-    const cpu::Plan plan = planner(stack, kernels->info, machine);
+    if (stack.frozen()) machine.unit_step = kernels->packing.panel_step(cell->info);
+    const cpu::Plan plan = planner(stack, cell->info, machine);
     if (!plan.possible) {
       const int split = int(*machine.forced);
       fail("the split '", cpu::kSplitNames[split], "' is forced, but ", plan.against[split]);
@@ -336,17 +335,18 @@ class Call {
   }
 
   void run(const ForwardProblem& problem) {
-    if (device.is_cuda()) return run_on_cuda(kernels->info.name, dtype, problem, device.index);
+    if (device.is_cuda()) return run_on_cuda(cell->info.name, dtype, problem, device.index);
     run_on_cpu(kernels->forward, problem, plan(cpu::plan_forward));
   }
   void run(const BackwardProblem& problem) {
-    if (device.is_cuda()) return run_on_cuda(kernels->info.name, dtype, problem, device.index);
+    if (device.is_cuda()) return run_on_cuda(cell->info.name, dtype, problem, device.index);
     run_on_cpu(kernels->backward, problem, plan(cpu::plan_backward));
   }
 
   const ScalarType type;
   const DType dtype;
-  const cpu::CellKernels* kernels;
+  const cpu::Kernels* kernels;
+  const cpu::AnyCell* cell;
   const Device device;
   Stack stack;
 
@@ -373,7 +373,7 @@ class Call {
       const int64_t end = cpu::now_ns();
       cpu::pressure().report(end, end - start, end - done + cpu::slept_ns() - slept);
     };
-    kernel(problem, plan, runtime);
+    kernel(*cell, problem, plan, runtime);
   }
 
   View copy(const View& tensor) { return copies_.emplace_back(tensor.contiguous()); }
@@ -513,13 +513,13 @@ class Call {
       stack.zoneout_plane = rows_ * features;
     }
     if (controls.h_mask) {
-      check(kernels->info.recurrent, "cell '", kernels->info.name,
+      check(cell->info.recurrent, "cell '", cell->info.name,
             "' has no W_hh that h_mask could hide units of h from");
       stack.h_mask = checked_contiguous(*controls.h_mask, "h_mask",
                                         "[num_layers * directions, B, R]", h_shape(), type);
     }
     if (controls.candidate_mask) {
-      check(kernels->info.candidate, "cell '", kernels->info.name,
+      check(cell->info.candidate, "cell '", cell->info.name,
             "' has no candidate that candidate_mask could change");
       stack.candidate_mask = checked_contiguous(*controls.candidate_mask, "candidate_mask",
                                                 "[num_layers * directions, B, H]", c_shape(), type);
@@ -527,11 +527,11 @@ class Call {
   }
 
   void read_weights(const Views& weights) {
-    const CellInfo& cell = kernels->info;
+    const CellInfo& info = cell->info;
     const size_t planes = size_t(stack.layers * stack.dirs);
     // Weights of units to themselves: with weight_hh a tensor more, else in its place.
-    const size_t more = cell.recurrent && cell.unit_weights() ? 1 : 0;
-    const char* const more_name = cell.norm_gates ? "norm" : "weight_ch";
+    const size_t more = info.recurrent && info.unit_weights() ? 1 : 0;
+    const char* const more_name = info.norm_gates ? "norm" : "weight_ch";
     const size_t each = weights.size() / planes - more;
     check(weights.size() % planes == 0 && each >= 2 && each <= 5,
           "weights must hold weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]",
@@ -540,12 +540,12 @@ class Call {
     const bool bias = each >= 4;
     const bool projected = each % 2 == 1;
     check(!projected || has_c(), "only an LSTM has a projection (weight_hr)");
-    const int64_t gates = cell.gates;
-    const int64_t hh_dim = cell.recurrent ? 2 : 1;
+    const int64_t gates = info.gates;
+    const int64_t hh_dim = info.recurrent ? 2 : 1;
     check(weights[1].dim() == hh_dim, "weight_hh must have ", hh_dim, " dimension",
           hh_dim > 1 ? "s" : "", ", got ", weights[1].dim());
     stack.H = weights[1].size(0) / gates;
-    stack.R = cell.recurrent ? weights[1].size(1) : stack.H;
+    stack.R = info.recurrent ? weights[1].size(1) : stack.H;
     check(stack.H > 0 && stack.R > 0 && stack.I > 0,
           "input_size and hidden_size must be greater than zero");
     if (stack.R != stack.H && !projected)
@@ -565,7 +565,7 @@ class Call {
       };
       Weights& w = weights_[plane];
       w.ih = take("weight_ih", "[G*H, I]", {rows, in});
-      if (cell.recurrent)
+      if (info.recurrent)
         w.hh = take("weight_hh", "[G*H, R]", {rows, stack.R});
       else
         w.diag = take("weight_hh", "[H]", {stack.H});
@@ -574,7 +574,7 @@ class Call {
         w.bias_hh = take("bias_hh", "[G*H]", {rows});
       }
       if (projected) w.hr = take("weight_hr", "[R, H]", {stack.R, stack.H});
-      if (more) w.diag = take(more_name, "[P*H]", {cell.unit_weights() * stack.H});
+      if (more) w.diag = take(more_name, "[P*H]", {info.unit_weights() * stack.H});
     }
     stack.weights = weights_.data();
   }
@@ -589,7 +589,7 @@ class Call {
     stack.H = sizes.H;
     stack.R = sizes.proj ? sizes.proj : sizes.H;
     weights_.resize(planes);
-    const cpu::Packing& packing = cpu::chosen_isa()[dtype]->packing;
+    const cpu::Packing& packing = kernels->packing;
     for (size_t plane = 0; plane < planes; ++plane) {
       const WeightSizes expected{stack.input_size(int64_t(plane) / stack.dirs), stack.H, stack.R,
                                  sizes.proj > 0};
@@ -597,10 +597,10 @@ class Call {
       check(block.is_cpu() && block.scalar_type() == ScalarType::Byte && block.dim() == 1 &&
                 block.is_contiguous() && block.numel() >= int64_t(sizeof(cpu::PackedTag)),
             "packed[", plane, "] is not what fused_rnn::pack has made");
-      const cpu::PackedTag tag = cpu::tag_for(kernels->info, dtype, expected);
+      const cpu::PackedTag tag = cpu::tag_for(cell->info, dtype, expected);
       if (std::memcmp(block.data_ptr(), &tag, sizeof(tag)) != 0)
         refuse(plane, *static_cast<const cpu::PackedTag*>(block.data_ptr()), tag);
-      const size_t bytes = packing.bytes(kernels->info, expected);
+      const size_t bytes = packing.bytes(cell->info, expected);
       check(size_t(block.numel()) == bytes, "packed[", plane, "] must have ", bytes, " bytes, got ",
             block.numel());
       weights_[plane].packed = block.data_ptr();
@@ -708,7 +708,7 @@ std::vector<Tensor> pack(const std::string& cell, const std::vector<Tensor>& wei
       empty_on(Device::host(), {1, 0, weights[0].size(1)}, weights[0].scalar_type());
   const Call call({cell, input, kNone, kNone, kNone, weights, num_layers, bidirectional, false},
                   kNoControls);
-  const CellInfo& info = call.kernels->info;
+  const CellInfo& info = call.cell->info;
   const cpu::Packing& packing = cpu::chosen_isa()[call.dtype]->packing;
   std::vector<Tensor> blocks;
   for (int64_t plane = 0; plane < call.stack.layers * call.stack.dirs; ++plane) {

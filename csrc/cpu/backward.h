@@ -4,6 +4,7 @@
 #pragma once
 
 #include "scan.h"
+#include "zoneout.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
 
@@ -23,7 +24,7 @@ class BackwardScan : Scan<BackwardProblem> {
   static constexpr int64_t kSkew = 64 / sizeof(A);
 
  public:
-  BackwardScan(const CellRows<S>& cell, const BackwardProblem& problem, const Plan& plan)
+  BackwardScan(const CellRows<A>& cell, const BackwardProblem& problem, const Plan& plan)
       : Scan(cell.info, problem, plan),
         cell_(cell),
         G_(cell.info.gates),
@@ -991,7 +992,7 @@ class BackwardScan : Scan<BackwardProblem> {
     }
   }
 
-  const CellRows<S>& cell_;
+  const CellRows<A>& cell_;
   const int G_;
   const int first_gates_;     // those that W_hh h adds to
   const int64_t block_rows_;  // sequences of a block, at most
@@ -1002,9 +1003,10 @@ class BackwardScan : Scan<BackwardProblem> {
   A* between_;                // [betweens, N, D*R]: gradient of a layer's output
 };
 
-template <class Cell, class S>
-void backward(const BackwardProblem& problem, const Plan& plan, const Runtime& runtime) {
-  BackwardScan<S> scan(kCellRows<Cell, S>, problem, plan);
+template <class S>
+void backward(const AnyCell& cell, const BackwardProblem& problem, const Plan& plan,
+              const Runtime& runtime) {
+  BackwardScan<S> scan(static_cast<const CellRows<Accumulate<S>>&>(cell), problem, plan);
   run_scan(scan, plan.threads, runtime);
 }
 

@@ -3,14 +3,72 @@
 #pragma once
 
 #include "packed.h"
+#include "zoneout.h"
 
 namespace fused_rnn::cpu::FUSED_RNN_ISA {
+
+// One step of one member's rows: what the cell reads and writes, and what becomes of its states.
+// Pointers stand at the first row and at unit 0.
+template <class S>
+struct StepOfRows : ForwardStep<Accumulate<S>> {
+  using A = Accumulate<S>;
+  using O = Operand<S>;  // what is the left operand of a product
+  const O* h;            // before the step, [rows, ld_h]
+  O* h_next;             // after it, as the output holds it
+  int64_t ld_h;
+  const A* h_mask;  // [rows, ld_h] what h is multiplied by for W_hh, into `masked`; or null
+  O* masked;
+  A* c;               // [rows, ld]
+  O* unprojected;     // the cell's h, where a projection follows, else null
+  O* second_operand;  // `operand` for its product
+  S* y;               // the output
+  int64_t ldy;
+  const int64_t* y_order;  // of rows in y, null where they follow one another
+  const int64_t* order;    // of rows in the caller's tensors, likewise
+  int64_t valid;           // units of y
+  S* all_c;                // c for the caller, null when not wanted
+  int64_t ld_all_c, valid_c;
+  bool zoned;
+  A zoneout[2];                 // the share of h and c that stays
+  const uint8_t* zoneout_mask;  // or which units of them, of a row those of h and then those of c;
+                                // null where there is none
+  int64_t ld_zoneout, zoneout_state;
+
+  int64_t place(int64_t row) const { return order ? order[row] : row; }
+  S* y_row(int64_t row) const { return y + (y_order ? y_order[row] : row) * ldy; }
+};
+
+// What state `s` becomes by zoneout, for a row and the units from u on; n are valid.
+template <class S>
+FUSED_RNN_INLINE Vector<Accumulate<S>> zone_out(const StepOfRows<S>& at, int s, int64_t row,
+                                                int64_t u, int64_t n, Vector<Accumulate<S>> before,
+                                                Vector<Accumulate<S>> after) {
+  if (!at.zoneout_mask) return after + at.zoneout[s] * (before - after);
+  const uint8_t* mask = at.zoneout_mask + at.place(row) * at.ld_zoneout + s * at.zoneout_state + u;
+  return math::select(load_mask<Accumulate<S>>(mask, n) != 0, before, after);
+}
+
+// h of a row and of the units from u on goes to the output, and on to the next step: as the output
+// holds it, and times its mask for the product.
+template <class S>
+FUSED_RNN_INLINE Vector<Accumulate<S>> emit_h(const StepOfRows<S>& at, int64_t row, int64_t u,
+                                              Vector<Accumulate<S>> h) {
+  if (at.zoned) h = zone_out(at, 0, row, u, at.valid - u, load(at.h + row * at.ld_h + u), h);
+  h = round_to<S>(h);
+  store(at.h_next + row * at.ld_h + u, h);
+  if (at.h_mask) store(at.masked + row * at.ld_h + u, h * load(at.h_mask + row * at.ld_h + u));
+  store_partial(at.y_row(row) + u, h, at.valid - u);
+  if (at.saved) store(at.saved + row * at.ld_saved + u, h);
+  return h;
+}
 
 template <class S>
 class ForwardScan : Scan<ForwardProblem> {
   using A = Accumulate<S>;
   using O = Operand<S>;
   using W = Packed<S>;
+  // Whether products read what the cell has written.
+  static constexpr bool kSame = std::is_same_v<O, A>;
   static constexpr int L = kLanes<A>;
   static constexpr int kPanelWidth = kMaxVectors * L;
   // Bytes of L1 for products that the cell is applied to.
@@ -19,7 +77,7 @@ class ForwardScan : Scan<ForwardProblem> {
   alignas(64) static constexpr A kZeros[kAcrossPanels * kPanelWidth] = {};  // a bias
 
  public:
-  ForwardScan(const CellRows<S>& cell, const ForwardProblem& problem, const Plan& plan)
+  ForwardScan(const CellRows<A>& cell, const ForwardProblem& problem, const Plan& plan)
       : Scan(cell.info, problem, plan), cell_(cell), G_(cell.info.gates) {
     // Backward and norms work on whole rows.
     const int64_t panel = widest_panel<A>(info_);
@@ -41,8 +99,11 @@ class ForwardScan : Scan<ForwardProblem> {
       dir.h[0] = arena.take<O>(steps_.B * Rp_);
       dir.h[1] = arena.take<O>(steps_.B * Rp_);
       dir.c = arena.take<A>(has_c() ? steps_.B * Hp_ : 0);
-      dir.unprojected = arena.take<O>(p_.projected() ? steps_.B * Hp_ : 0);
-      dir.operand = arena.take<O>(info_.two_products() ? steps_.B * Hp_ : 0);
+      dir.own_h = arena.take<A>(p_.projected() || !kSame ? steps_.B * Hp_ : 0);
+      dir.own_c = arena.take<A>(has_c() && p_.zoned() ? steps_.B * Hp_ : 0);
+      dir.unprojected = arena.take<O>(p_.projected() && !kSame ? steps_.B * Hp_ : 0);
+      dir.operand = arena.take<A>(info_.two_products() ? steps_.B * Hp_ : 0);
+      dir.second_operand = arena.take<O>(info_.two_products() && !kSame ? steps_.B * Hp_ : 0);
       dir.normed = arena.take<A>(info_.normed_operand ? steps_.B * 2 * Hp_ : 0);
       const int64_t gates_h = steps_.B * G_ * Hp_;
       dir.gates_h = arena.take<A>(info_.norm_gates || packs_rows(plan_.pack_hh) ? gates_h : 0);
@@ -61,7 +122,7 @@ class ForwardScan : Scan<ForwardProblem> {
       left_stride_ = ih > hh ? ih : hh;
       dir.packed_left = arena.take<O>(members * left_stride_);
       dir.chunk_offsets = arena.take<int64_t>(members * (plan_.chunk_steps + 1));
-      dir.steps = arena.take<ForwardStep<S>>(members);
+      dir.steps = arena.take<StepOfRows<S>>(members);
     }
     between_ = arena.take<S>(betweens() * steps_.N * p_.dirs * p_.R);
   }
@@ -82,8 +143,11 @@ class ForwardScan : Scan<ForwardProblem> {
     PackedWeights<S> packed;  // of the layer at work; unused where weights are frozen
     O* h[2];                  // [B, Rp]: read at one step, written at the next
     A* c;                     // [B, Hp]
-    O* unprojected;           // [B, Hp]
-    O* operand;               // [B, Hp], of the second product
+    A* own_h;                 // [B, Hp]: the cell's, where that is not what products read
+    A* own_c;                 // [B, Hp]: the cell's, where zoneout makes another of it
+    O* unprojected;           // [B, Hp]: own_h for a product, where it must be another
+    A* operand;               // [B, Hp], of the second product
+    O* second_operand;        // the same for the product, where it must be another
     A* normed;                // [B, 2, Hp]: the operand of a norm, normalised and not
     A* gates_h;               // [B, G*Hp] in panel order, where all are made before the cell
     A* normed_h;              // the same after that: elsewhere, where others still read them
@@ -93,7 +157,7 @@ class ForwardScan : Scan<ForwardProblem> {
     A* gates_x;               // [members, chunk rows, G*Hp] in panel order
     O* packed_left;           // [members, left_stride_]: of one product, for dot_left
     O* staged;                // [members, chunk rows, I]
-    ForwardStep<S>* steps;    // [members]
+    StepOfRows<S>* steps;     // [members]
     int64_t* chunk_offsets;  // [members, chunk_steps + 1]: a member's rows of the chunk before each
                              // of its steps
   };
@@ -208,6 +272,7 @@ class ForwardScan : Scan<ForwardProblem> {
     const Range h_units = units_of_h(units);
     O* h = dir.h[parity] + b * Rp_;
     copy(p_.h0, h_units, p_.R, h);
+    if (!kSame && !p_.projected()) copy(p_.h0, h_units, p_.R, dir.own_h + b * Hp_);
     for (int64_t u = h_units.begin; dir.h_mask && u < h_units.end; u += L)
       store(dir.masked[parity] + b * Rp_ + u, load(h + u) * load(dir.h_mask + b * Rp_ + u));
     if (has_c()) copy(p_.c0, units, p_.H, dir.c + b * Hp_);
@@ -351,47 +416,58 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   // Where a member's rows stand, but for what moves from step to step.
-  ForwardStep<S> rows_of_block(const Task& task, const Member& member) const {
+  StepOfRows<S> rows_of_block(const Task& task, const Member& member) const {
     const Direction& dir = *task.dir;
     const int64_t first = member.rows.begin;
     const auto row_of_state = [&](auto* state, int64_t size) {
       return state ? state + first * size : nullptr;
     };
-    ForwardStep<S> at{};
+    StepOfRows<S> at{};
     at.ldx = G_ * Hp_;
     at.w = task.packed.diag;
     at.w_stride = Hp_;
-    at.ld_state = Rp_;
-    at.c = row_of_state(dir.c, Hp_);
-    at.ldc = Hp_;
-    at.own = row_of_state(dir.unprojected, Hp_);
+    at.ld = Hp_;
+    at.c_before = at.c = row_of_state(dir.c, Hp_);
+    at.c_after = row_of_state(p_.zoned() ? dir.own_c : dir.c, Hp_);
     at.operand = row_of_state(dir.operand, Hp_);
     at.candidate_mask = row_of_state(dir.candidate_mask, Hp_);
-    at.ld_own = Hp_;
     at.normed = row_of_state(dir.normed, 2 * Hp_);
     at.ld_normed = 2 * Hp_;
+    at.ld_saved = slots_ * Hp_;
+    at.slot = Hp_;
+    // Those of the cell are kept behind all others, where they do not last.
+    const int behind = info_.states + info_.saved;
+    at.own[0] = p_.zoned() || p_.projected() ? behind : 0;
+    at.own[1] = p_.zoned() ? behind + 1 : 1;
+    at.ld_h = Rp_;
+    at.h_mask = row_of_state(dir.h_mask, Rp_);
+    if (info_.two_products()) at.operand_mask = at.h_mask;
+    at.valid = p_.R;
     at.ldy = task.output.stride_b;
     at.order = steps_.order ? steps_.order + first : nullptr;
     at.y_order = task.output.packed ? nullptr : at.order;
-    at.valid = p_.R;
     at.ld_all_c = p_.all_c.stride_b;
     at.valid_c = p_.H;
-    at.h_mask = row_of_state(dir.h_mask, Rp_);
     at.zoned = p_.zoned();
     for (int s = 0; s < 2; ++s) at.zoneout[s] = A(p_.zoneout[s]);
     at.ld_zoneout = p_.zoneout_mask.stride_b;
     at.zoneout_state = p_.R;
-    at.ld_saved = slots_ * Hp_;
-    at.slot = Hp_;
-    at.own_slot = info_.states + info_.saved;
+    if constexpr (kSame) {
+      at.unprojected = row_of_state(dir.own_h, Hp_);
+      at.second_operand = at.operand;
+    } else {
+      at.unprojected = row_of_state(dir.unprojected, Hp_);
+      at.second_operand = row_of_state(dir.second_operand, Hp_);
+    }
+    at.before = at.after = row_of_state(dir.own_h, Hp_);  // unless a step has others
     return at;
   }
 
   // To unit 0 of its first sequence at step t.
-  const ForwardStep<S>& rows_of_step(const Task& task, const Member& member, int64_t t,
-                                     int64_t index_in_chunk, int64_t parity) const {
+  const StepOfRows<S>& rows_of_step(const Task& task, const Member& member, int64_t t,
+                                    int64_t index_in_chunk, int64_t parity) const {
     const Direction& dir = *task.dir;
-    ForwardStep<S>& at = dir.steps[member.index];
+    StepOfRows<S>& at = dir.steps[member.index];
     const int64_t first = member.rows.begin;
     const int64_t plane = task.layer * p_.dirs + task.d;
     const int64_t offset =
@@ -401,8 +477,10 @@ class ForwardScan : Scan<ForwardProblem> {
       return tensor.packed || !steps_.order ? tensor.at(steps_, t, first) : t * tensor.stride_t;
     };
     at.x = gates_x(task, member) + offset * G_ * Hp_;
-    at.before = dir.h[parity] + first * Rp_;
-    at.after = dir.h[1 - parity] + first * Rp_;
+    at.h = dir.h[parity] + first * Rp_;
+    at.h_next = dir.h[1 - parity] + first * Rp_;
+    if constexpr (kSame)
+      if (!p_.projected()) at.before = at.h, at.after = at.h_next;
     if (dir.h_mask) at.masked = dir.masked[1 - parity] + first * Rp_;
     at.y = static_cast<S*>(task.output.data) + row_of_tensor(task.output) + task.d * p_.R;
     if (p_.all_c.data)
@@ -421,7 +499,7 @@ class ForwardScan : Scan<ForwardProblem> {
             int64_t parity, Range stages) {
     const int64_t rows = alive(member, t);
     if (rows > 0) {
-      const ForwardStep<S>& at = rows_of_step(task, member, t, index_in_chunk, parity);
+      const StepOfRows<S>& at = rows_of_step(task, member, t, index_in_chunk, parity);
       for (int64_t which = stages.begin; which < stages.end && which <= info_.two_products();
            ++which)
         recurrent_product(task, member, at, rows, parity, int(which));
@@ -432,7 +510,7 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   // One recurrent product, and what needs nothing else.
-  void recurrent_product(const Task& task, const Member& member, const ForwardStep<S>& at,
+  void recurrent_product(const Task& task, const Member& member, const StepOfRows<S>& at,
                          int64_t rows, int64_t parity, int which) const {
     const auto& r = task.packed.recurrent[which];
     if (packs_rows(plan_.pack_hh)) {
@@ -489,7 +567,7 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   // Some rows and panels of it: the product, and while that is in L1, the cell.
-  void block(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t m,
+  void block(const Task& task, const Member& member, const StepOfRows<S>& at, int64_t m,
              int64_t height, int64_t parity, int which, int64_t unit, int64_t next, int vectors,
              int panels) const {
     const Direction& dir = *task.dir;
@@ -499,7 +577,8 @@ class ForwardScan : Scan<ForwardProblem> {
     if (!info_.recurrent)
       return apply_cell(member, at, m, height, which, unit, vectors, panels, bias, 0);
     const int64_t lda = which == 0 ? Rp_ : Hp_;
-    const O* a = (which == 0 ? h_of(task, parity) : dir.operand) + (member.rows.begin + m) * lda;
+    const O* a = which == 0 ? h_of(task, parity) + (member.rows.begin + m) * lda
+                            : at.second_operand + m * lda;
     const S* w = static_cast<const S*>(task.weights.hh) + r.first * p_.H * p_.R;
     alignas(64) A products[kProducts / sizeof(A)];
     A* out = products;
@@ -529,11 +608,11 @@ class ForwardScan : Scan<ForwardProblem> {
   // Has the lines brought that the cell will write, while the product before it is made: what is
   // saved of a long sequence is far. Inline, since g++ drops the call of a function that only
   // fetches.
-  FUSED_RNN_INLINE void fetch_results(const ForwardStep<S>& at, int64_t m, int64_t height,
+  FUSED_RNN_INLINE void fetch_results(const StepOfRows<S>& at, int64_t m, int64_t height,
                                       int64_t unit, int64_t units) const {
     for (int64_t i = m; i < m + height; ++i) {
       const A* saved = at.saved + i * at.ld_saved + unit;
-      for (int64_t u = unit; !at.own && u < unit + units; u += kLine / int64_t(sizeof(A)))
+      for (int64_t u = unit; !at.unprojected && u < unit + units; u += kLine / int64_t(sizeof(A)))
         __builtin_prefetch(at.y_row(i) + u, 0, 2);
       fetch(saved, info_.states + info_.saved, units);
       if (info_.norm_gates) fetch(saved + (slots_ - G_) * Hp_, G_, units);
@@ -546,7 +625,7 @@ class ForwardScan : Scan<ForwardProblem> {
   }
 
   // The stages of a step after its products, where those are normalised.
-  void normed_stages(const Task& task, const Member& member, const ForwardStep<S>& at, int64_t rows,
+  void normed_stages(const Task& task, const Member& member, const StepOfRows<S>& at, int64_t rows,
                      int64_t t, Range stages) const {
     for (int64_t m = 0; m < rows; m += kMaxRows) {  // while they are in L1
       const Range some{m, rows - m < kMaxRows ? rows : m + kMaxRows};
@@ -556,7 +635,7 @@ class ForwardScan : Scan<ForwardProblem> {
     }
   }
 
-  void normed_gates(const Task& task, const Member& member, const ForwardStep<S>& at, Range rows,
+  void normed_gates(const Task& task, const Member& member, const StepOfRows<S>& at, Range rows,
                     int64_t t) const {
     const int64_t ldh = G_ * Hp_, first = member.rows.begin;
     for (int64_t b = first + rows.begin; b < first + rows.end; ++b)
@@ -567,11 +646,11 @@ class ForwardScan : Scan<ForwardProblem> {
       tile.h = task.dir->normed_h + (first + tile.row) * ldh + tile.x_at;
       tile.ldh = ldh;
       tile.h_gate = tile.x_gate;
-      info_.normed_operand ? cell_.operand(at, tile) : cell_.forward(at, tile);
+      info_.normed_operand ? cell_.operand(at, tile) : apply(at, tile);
     });
   }
 
-  void normed_operand(const Task& task, const Member& member, const ForwardStep<S>& at,
+  void normed_operand(const Task& task, const Member& member, const StepOfRows<S>& at,
                       Range rows) const {
     const A* gain = task.packed.diag + (info_.diagonals + 2 * G_) * Hp_;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -583,7 +662,7 @@ class ForwardScan : Scan<ForwardProblem> {
       tile.h = at.normed + tile.row * at.ld_normed + tile.unit;
       tile.ldh = at.ld_normed;
       tile.h_gate = Hp_;
-      cell_.forward(at, tile);
+      apply(at, tile);
     });
   }
 
@@ -598,13 +677,12 @@ class ForwardScan : Scan<ForwardProblem> {
                         });
   }
 
-  void apply_cell(const Member& member, const ForwardStep<S>& at, int64_t m, int64_t height,
+  void apply_cell(const Member& member, const StepOfRows<S>& at, int64_t m, int64_t height,
                   int which, int64_t unit, int vectors, int panels, const A* gates_h,
                   int64_t ldh) const {
     const int64_t gate = vectors * L;
     if (!info_.two_products())
-      return cell_.forward(at,
-                           {m, height, unit, vectors, panels, unit * G_, gate, gates_h, ldh, gate});
+      return apply(at, {m, height, unit, vectors, panels, unit * G_, gate, gates_h, ldh, gate});
     // The panels of x are those of all gates.
     const int64_t most = panel_units<A>(G_);
     const int64_t gates = which == 0 ? info_.first_gates : G_ - info_.first_gates;
@@ -616,10 +694,79 @@ class ForwardScan : Scan<ForwardProblem> {
       const Tile<A> tile{m, height, u, 1, 1, panel * G_ + u - panel, end - panel, h, ldh, gate};
       which == 0 ? cell_.operand(at, tile) : cell_.forward(at, tile);
     }
+    const Range units{unit, unit + panels * gate};
+    which == 0 ? round_operand(at, m, height, units) : settle(at, m, height, units);
+  }
+
+  void apply(const StepOfRows<S>& at, const Tile<A>& tile) const {
+    cell_.forward(at, tile);
+    settle(at, tile.row, tile.rows, {tile.unit, tile.unit + tile.panels * tile.vectors * L});
+  }
+
+  // What follows from new states of the cell, of so many rows from m on: each goes where the call
+  // wants it.
+  void settle(const StepOfRows<S>& at, int64_t m, int64_t height, Range units) const {
+    if (at.zoned || at.all_c)
+      for (int64_t row = m; row < m + height; ++row) settle_c(at, row, units);
+    if (at.unprojected) {
+      for (int64_t row = m; !kSame && row < m + height; ++row)
+        copy(at.after + row * Hp_, units, at.unprojected + row * Hp_);
+    } else if (at.zoned || at.h_mask) {
+      for (int64_t row = m; row < m + height; ++row)
+        for (int64_t u = units.begin; u < units.end; u += L) {
+          const Vector<A> h = emit_h(at, row, u, load(at.after + row * Hp_ + u));
+          if (!kSame) store(at.after + row * Hp_ + u, h);
+        }
+    } else {
+      settle_h(at, m, height, units);
+    }
+  }
+  // The same for h in most calls: what emit_h() does without zoneout and masks. The cell has
+  // written it to the next step and what is saved, but not rounded.
+  void settle_h(const StepOfRows<S>& at, int64_t m, int64_t height, Range units) const {
+    const int64_t whole = at.valid < units.end ? (at.valid - units.begin) / L * L : units.size();
+    for (int64_t row = m; row < m + height; ++row) {
+      const int64_t state = row * Hp_ + units.begin;
+      A* const h = at.after + state;
+      O* const next = at.h_next + state;
+      A* const slot = at.saved ? at.saved + row * at.ld_saved + units.begin : nullptr;
+      S* const y = at.y_row(row) + units.begin;
+      const auto rounded = [&](int64_t u) __attribute__((always_inline)) {
+        const Vector<A> value = round_to<S>(load(h + u));
+        if constexpr (!std::is_same_v<S, A>) {
+          store(next + u, value);
+          if (!kSame) store(h + u, value);
+          if (slot) store(slot + u, value);
+        }
+        return value;
+      };
+      int64_t u = 0;
+      for (; u < whole; u += L) store(y + u, rounded(u));
+      for (; u < units.size(); u += L) store_partial(y + u, rounded(u), at.valid - units.begin - u);
+    }
+  }
+  void settle_c(const StepOfRows<S>& at, int64_t row, Range units) const {
+    for (int64_t u = units.begin; at.c_after && u < units.end; u += L) {
+      Vector<A> c = load(at.c_after + row * Hp_ + u);
+      if (at.zoned) {
+        A* state = at.c + row * Hp_ + u;
+        c = zone_out(at, 1, row, u, at.valid_c - u, load(state), c);
+        store(state, c);
+        if (at.saved) store(at.saved + row * at.ld_saved + at.slot + u, c);
+      }
+      if (at.all_c) store_partial(at.all_c + at.place(row) * at.ld_all_c + u, c, at.valid_c - u);
+    }
+  }
+  void round_operand(const StepOfRows<S>& at, int64_t m, int64_t height, Range units) const {
+    for (int64_t row = m; !kSame && row < m + height; ++row)
+      copy(at.operand + row * Hp_, units, at.second_operand + row * Hp_);
+  }
+  static void copy(const A* from, Range units, O* to) {
+    for (int64_t u = units.begin; u < units.end; u += L) store(to + u, load(from + u));
   }
 
   // h = W_hr (o tanh c), for an LSTM with projection.
-  void project(const Task& task, const ForwardStep<S>& at, int64_t rows) const {
+  void project(const Task& task, const StepOfRows<S>& at, int64_t rows) const {
     constexpr int64_t most = std::max(kMaxRows, kMostAcross);  // rows whose results are kept
     alignas(64) A projected[most * kAcrossPanels * kPanelWidth];
     const int64_t at_once = task.packed.hr ? rows : 0;
@@ -627,16 +774,13 @@ class ForwardScan : Scan<ForwardProblem> {
         at_once, p_.H, 1, 0, Rp_, [&](int64_t unit, int vectors, int panels, int64_t next) {
           for (int64_t m = 0; m < rows; m += most) {
             const int64_t height = rows - m < most ? rows - m : most;
-            product(1, m, height, p_.H, at.own + m * Hp_, Hp_,
+            product(1, m, height, p_.H, at.unprojected + m * Hp_, Hp_,
                     static_cast<const S*>(task.weights.hr), p_.R, task.packed.hr, unit, next,
                     vectors, panels, kZeros, projected, panels * vectors * L);
             for (int64_t i = m; i < m + height; ++i)
               for (int v = 0; v < panels * vectors; ++v) {
                 const int64_t u = unit + v * L;
-                Vector<A> h = load(projected + ((i - m) * panels * vectors + v) * L);
-                if (at.zoned) h = zone_out(at, 0, i, u, p_.R - u, load(at.before + i * Rp_ + u), h);
-                h = emit_h(at, i, u, h);
-                if (at.saved) store(at.saved + i * slots_ * Hp_ + u, h);
+                emit_h(at, i, u, load(projected + ((i - m) * panels * vectors + v) * L));
               }
           }
         });
@@ -658,7 +802,7 @@ class ForwardScan : Scan<ForwardProblem> {
     }
   }
 
-  const CellRows<S>& cell_;
+  const CellRows<A>& cell_;
   const int G_;
   int64_t gates_stride_;   // of a member's gates_x
   int64_t left_stride_;    // of a member's packed_left
@@ -666,9 +810,10 @@ class ForwardScan : Scan<ForwardProblem> {
   S* between_;             // [betweens, N, D*R]: output of a layer, input of the next
 };
 
-template <class Cell, class S>
-void forward(const ForwardProblem& problem, const Plan& plan, const Runtime& runtime) {
-  ForwardScan<S> scan(kCellRows<Cell, S>, problem, plan);
+template <class S>
+void forward(const AnyCell& cell, const ForwardProblem& problem, const Plan& plan,
+             const Runtime& runtime) {
+  ForwardScan<S> scan(static_cast<const CellRows<Accumulate<S>>&>(cell), problem, plan);
   run_scan(scan, plan.threads, runtime);
 }
 

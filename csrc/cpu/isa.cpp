@@ -95,10 +95,10 @@ PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes) {
   return tag;
 }
 
-const CellKernels* find_cell(const char* name, DType type) {
+const AnyCell* find_cell(const char* name, DType type) {
   const Kernels* kernels = chosen_isa()[type];
-  for (int i = 0; kernels && i < kernels->cell_count; ++i)
-    if (!std::strcmp(kernels->cells[i].info.name, name)) return &kernels->cells[i];
+  for (int i = 0; kernels && i < kernels->cells->count; ++i)
+    if (!std::strcmp(kernels->cells->all[i]->info.name, name)) return kernels->cells->all[i];
   return nullptr;
 }
 

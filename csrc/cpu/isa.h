@@ -3,30 +3,10 @@
 
 #include <vector>
 
-#include "../core/problem.h"
+#include "cell_rows.h"
 #include "strategy.h"
 
 namespace fused_rnn::cpu {
-
-// The pointwise functions of this instruction set, for tests: arrays of n values per gate, state,
-// diagonal or saved value, and m for the candidate, where a cell has one. The matrix of a second
-// product is taken for one: h has what is added.
-template <class A>
-struct CellFunctions {
-  void (*forward)(int64_t n, const A* x, const A* h, const A* w, const A* m, const A* prev,
-                  A* state, A* saved);
-  void (*backward)(int64_t n, const A* saved, const A* w, const A* m, const A* prev, const A* state,
-                   const A* d_state, A* dx, A* dh, A* d_prev, A* dw);
-};
-
-// Of one cell in one storage type.
-struct CellKernels {
-  CellInfo info;
-  void (*forward)(const ForwardProblem&, const Plan&, const Runtime&);
-  void (*backward)(const BackwardProblem&, const Plan&, const Runtime&);
-  CellFunctions<float> as_float;    // in float32, elsewhere null
-  CellFunctions<double> as_double;  // in float64
-};
 
 // What stands at the head of frozen weights: all that they were packed for, compared as bytes.
 struct PackedTag {
@@ -44,19 +24,12 @@ struct Packing {
   void (*pack)(const CellInfo&, const WeightSizes&, const Weights&, void* block);
 };
 
-template <class A>
-struct MathFunctions {
-  void (*sigmoid)(int64_t n, const A* x, A* y);
-  void (*tanh)(int64_t n, const A* x, A* y);
-};
-
 // The kernels of one instruction set in one storage type: what one object of kernels.cpp has.
 struct Kernels {
-  const CellKernels* cells;
-  int cell_count;
+  const CellTable* cells;  // CellRows of what the type is calculated in
+  void (*forward)(const AnyCell&, const ForwardProblem&, const Plan&, const Runtime&);
+  void (*backward)(const AnyCell&, const BackwardProblem&, const Plan&, const Runtime&);
   Packing packing;
-  MathFunctions<float> as_float;  // as of CellKernels
-  MathFunctions<double> as_double;
   // The product of the scans with nothing around it, for measuring the roof: out[rows, columns] =
   // a[rows, K] w, with w packed and columns a multiple of 64. Steps go through w forth and back.
   // In float32, elsewhere null.
@@ -85,6 +58,6 @@ const char* name_of(DType type);
 PackedTag tag_for(const CellInfo& cell, DType dtype, const WeightSizes& sizes);
 
 // Null where there is no such cell, or nothing in that type.
-const CellKernels* find_cell(const char* name, DType type);
+const AnyCell* find_cell(const char* name, DType type);
 
 }  // namespace fused_rnn::cpu

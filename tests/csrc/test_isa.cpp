@@ -8,20 +8,20 @@
 namespace fused_rnn::cpu {
 namespace {
 
-template <int kIsa>
-void forward(const ForwardProblem&, const Plan&, const Runtime&) {}
-template <int kIsa>
-void backward(const BackwardProblem&, const Plan&, const Runtime&) {}
-constexpr CellInfo named(const char* name) {
+constexpr AnyCell named(const char* name) {
   CellInfo info{};
   info.name = name;
-  return info;
+  return {info};
 }
 template <int kIsa>
-constexpr CellKernels kCells[] = {{named("first"), forward<kIsa>, backward<kIsa>, {}, {}},
-                                  {named("second"), forward<kIsa>, backward<kIsa>, {}, {}}};
+constexpr AnyCell kFirst = named("first"),
+                  kSecond = named("second");
 template <int kIsa>
-constexpr Kernels kKernels{kCells<kIsa>, 2, {}, {}, {}, nullptr};
+constexpr const AnyCell* kAll[] = {&kFirst<kIsa>, &kSecond<kIsa>};
+template <int kIsa>
+constexpr CellTable kTable{kAll<kIsa>, 2};
+template <int kIsa>
+constexpr Kernels kKernels{&kTable<kIsa>, nullptr, nullptr, {}, nullptr};
 
 }  // namespace
 
@@ -46,15 +46,11 @@ int main() {
               "%zu sets are compiled", compiled.size());
   check::that(!std::strcmp(chosen_isa().name, "avx2"), "%s is chosen", chosen_isa().name);
   for (const DType type : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
-    const bool own = type == DType::kBFloat16;
-    for (const char* name : {"first", "second"}) {
-      const CellKernels* cell = find_cell(name, type);
-      check::that(cell && !std::strcmp(cell->info.name, name), "%s, type %d", name, int(type));
-      check::that(cell && cell->forward == (own ? forward<1> : forward<0>),
-                  "forward of %s, type %d", name, int(type));
-      check::that(cell && cell->backward == (own ? backward<1> : backward<0>),
-                  "backward of %s, type %d", name, int(type));
-    }
+    const Kernels* expected = type == DType::kBFloat16 ? &avx2::kBFloat16 : &baseline::kFloat32;
+    check::that(chosen_isa()[type]->cells == expected->cells, "kernels of type %d", int(type));
+    for (int i = 0; i < 2; ++i)
+      check::that(find_cell(i ? "second" : "first", type) == expected->cells->all[i],
+                  "cell %d, type %d", i, int(type));
     check::that(!find_cell("third", type), "there is a third, type %d", int(type));
   }
   return check::finish();
