@@ -14,8 +14,9 @@ constexpr AnyCell named(const char* name) {
   return {info};
 }
 template <int kIsa>
-constexpr AnyCell kFirst = named("first"),
-                  kSecond = named("second");
+constexpr AnyCell kFirst = named("first");
+template <int kIsa>
+constexpr AnyCell kSecond = named("second");
 template <int kIsa>
 constexpr const AnyCell* kAll[] = {&kFirst<kIsa>, &kSecond<kIsa>};
 template <int kIsa>
