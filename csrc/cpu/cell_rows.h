@@ -16,8 +16,10 @@ struct ForwardStep {
   const A* w;  // [P] diagonals
   int64_t w_stride;
   int64_t ld;
-  const A* before;          // h before the step; where a projection follows, no cell looks at it
-  A* after;                 // the cell's h; `before` itself where nobody else reads that
+  const A* before;  // h before the step; where a projection follows, no cell looks at it
+  A* after;         // the cell's h; `before` itself where nobody else reads that
+  A* also;          // where h goes too, ld_also apart; or null
+  int64_t ld_also;
   const A* c_before;        // null for a cell without
   A* c_after;               // likewise
   A* operand;               // of the second product, where there is one

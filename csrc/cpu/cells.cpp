@@ -79,11 +79,13 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<A>& step, const Tile<A>& ti
   const A* h_at = tile.h + line.h;
   const A* before = first(step.before, step.ld);
   A* after = first(step.after, step.ld);
+  A* also = first(step.also, step.ld_also);
   const A* c_before = first(step.c_before, step.ld);
   A* c_after = first(step.c_after, step.ld);
   const A* mask = first(step.candidate_mask, step.ld);
   A* slot = first(step.saved, step.ld_saved);
-  const int64_t next_state = next(step.ld), next_slot = next(step.ld_saved);
+  const int64_t next_state = next(step.ld), next_also = next(step.ld_also),
+                next_slot = next(step.ld_saved);
   const int64_t x_gate = tile.x_gate, h_gate = tile.h_gate, slot_size = step.slot;
   const int64_t own[] = {step.own[0] * slot_size, step.own[1] * slot_size};
   // The next vectors of the line.
@@ -108,6 +110,10 @@ FUSED_RNN_INLINE void forward_line(const ForwardStep<A>& step, const Tile<A>& ti
     Cell::forward(x, h, weights_of<Cell, kMasked>(w), prev, state, saved);
 
     store_as(after, next_state, state[0]);
+    if (also) {
+      store_as(also, next_also, state[0]);
+      also += n * next_also;
+    }
     if constexpr (kHasC) store_as(c_after, next_state, state[1]);
     if constexpr (kSaves) {
 #pragma GCC unroll 2

@@ -483,6 +483,10 @@ class ForwardScan : Scan<ForwardProblem> {
       if (!p_.projected()) at.before = at.h, at.after = at.h_next;
     if (dir.h_mask) at.masked = dir.masked[1 - parity] + first * Rp_;
     at.y = static_cast<S*>(task.output.data) + row_of_tensor(task.output) + task.d * p_.R;
+    // The output is far, and written best one by one between the cells' calculations.
+    if constexpr (std::is_same_v<S, A>)
+      if (!at.zoned && !at.h_mask && !at.unprojected && !at.y_order)
+        at.also = at.y, at.ld_also = at.ldy;
     if (p_.all_c.data)
       at.all_c = static_cast<S*>(p_.all_c.data) + row_of_tensor(p_.all_c) + task.d * p_.H;
     if (p_.zoneout_mask.data)
@@ -692,15 +696,21 @@ class ForwardScan : Scan<ForwardProblem> {
       const int64_t end = panel + most < member.units.end ? panel + most : member.units.end;
       const A* h = gates_h + i / vectors * gates * gate + i % vectors * L;
       const Tile<A> tile{m, height, u, 1, 1, panel * G_ + u - panel, end - panel, h, ldh, gate};
-      which == 0 ? cell_.operand(at, tile) : cell_.forward(at, tile);
+      which == 0 ? cell_.operand(at, tile) : apply(at, tile);
     }
-    const Range units{unit, unit + panels * gate};
-    which == 0 ? round_operand(at, m, height, units) : settle(at, m, height, units);
+    if (which == 0) round_operand(at, m, height, {unit, unit + panels * gate});
   }
 
   void apply(const StepOfRows<S>& at, const Tile<A>& tile) const {
-    cell_.forward(at, tile);
-    settle(at, tile.row, tile.rows, {tile.unit, tile.unit + tile.panels * tile.vectors * L});
+    const Range units{tile.unit, tile.unit + tile.panels * tile.vectors * L};
+    if (at.also && units.end > at.valid) {  // whole vectors would reach beyond the output
+      ForwardStep<A> step = at;
+      step.also = nullptr;
+      cell_.forward(step, tile);
+    } else {
+      cell_.forward(at, tile);
+    }
+    settle(at, tile.row, tile.rows, units);
   }
 
   // What follows from new states of the cell, of so many rows from m on: each goes where the call
@@ -717,7 +727,7 @@ class ForwardScan : Scan<ForwardProblem> {
           const Vector<A> h = emit_h(at, row, u, load(at.after + row * Hp_ + u));
           if (!kSame) store(at.after + row * Hp_ + u, h);
         }
-    } else {
+    } else if (!at.also || units.end > at.valid) {
       settle_h(at, m, height, units);
     }
   }
