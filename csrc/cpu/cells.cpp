@@ -165,7 +165,7 @@ template <class Cell, bool kMasked>
 void operand_tile(const ForwardStep<A>& step, const Tile<A>& tile) {
   constexpr int F = Cell::kFirstGates;
   for_lines(tile, step.ldx, Cell::kGates * tile.x_gate, F * tile.h_gate, [&](Line line) {
-    for (; line.count > 0; --line.count) {
+    for (; line.count > 0; line.skip(1)) {
       const int64_t row = line.row, u = line.unit;
       A* gx = step.x + line.x;
       const A* gh = tile.h + line.h;
@@ -190,10 +190,6 @@ void operand_tile(const ForwardStep<A>& step, const Tile<A>& tile) {
       }
 #pragma GCC unroll 8
       for (int g = 0; g < F; ++g) store(gx + g * tile.x_gate, first[g]);
-      line.row += line.next_row;
-      line.unit += line.next_unit;
-      line.x += line.next_x;
-      line.h += line.next_h;
     }
   });
 }
@@ -304,6 +300,15 @@ FUSED_RNN_INLINE void store_all(A* to, int count, const V* from, int64_t n, int6
   for (int k = 0; k < count; ++k) store_partial(to + k * n + i, from[k], n - i);
 }
 
+// What the functions for tests have in common: weights, with the mask behind them, and states.
+template <class Cell>
+FUSED_RNN_INLINE void load_unit(const A* w, const A* m, const A* prev, int64_t n, int64_t i, V* vw,
+                                V* vprev) {
+  load_all(vw, Cell::kDiagonals, w, n, i);
+  load_all(vw + Cell::kDiagonals, int(Cell::kCandidate), m, n, i);
+  load_all(vprev, Cell::kStates, prev, n, i);
+}
+
 template <class Cell>
 void cell_forward(int64_t n, const A* x, const A* h, const A* w, const A* m, const A* prev,
                   A* state, A* saved) {
@@ -312,9 +317,7 @@ void cell_forward(int64_t n, const A* x, const A* h, const A* w, const A* m, con
         vstate[Cell::kStates], vsaved[Cell::kSaved + 1];
     load_all(vx, Cell::kGates, x, n, i);
     load_all(vh, Cell::kGates, h, n, i);
-    load_all(vw, Cell::kDiagonals, w, n, i);
-    load_all(vprev, Cell::kStates, prev, n, i);
-    load_all(vw + Cell::kDiagonals, int(Cell::kCandidate), m, n, i);
+    load_unit<Cell>(w, m, prev, n, i, vw, vprev);
     const auto weights = weights_of<Cell, Cell::kCandidate>(vw);
     if constexpr (Cell::kNormedOperand) {
       vh[0] = vh[1] = Cell::operand(vx, vh, weights, vprev, vx);
@@ -336,11 +339,9 @@ void cell_backward(int64_t n, const A* saved, const A* w, const A* m, const A* p
         vstate[Cell::kStates], vd[Cell::kStates];
     V vdx[Cell::kGates], vdh[Cell::kGates], vdprev[Cell::kStates], vdw[Cell::kDiagonals + 1];
     load_all(vsaved, Cell::kSaved, saved, n, i);
-    load_all(vw, Cell::kDiagonals, w, n, i);
-    load_all(vprev, Cell::kStates, prev, n, i);
+    load_unit<Cell>(w, m, prev, n, i, vw, vprev);
     load_all(vstate, Cell::kStates, state, n, i);
     load_all(vd, Cell::kStates, d_state, n, i);
-    load_all(vw + Cell::kDiagonals, int(Cell::kCandidate), m, n, i);
     const auto weights = weights_of<Cell, Cell::kCandidate>(vw);
     Cell::backward(vsaved, weights, vprev, vstate, vd, vdx, vdh, vdprev, vdw);
     if constexpr (kHasOperand<Cell>) {

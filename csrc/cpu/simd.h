@@ -451,8 +451,8 @@ FUSED_RNN_INLINE Vector<float> multiply_add(Vector<float> sum, U32Vector a, U32V
 #endif
 }
 
-// How many vectors of a cell stand in the registers beside the constants of its functions. Four
-// that AddressSanitizer looks after take g++ twice as long to compile as two.
+// How many vectors of a cell stand in the registers beside the constants of its functions. Fewer
+// under AddressSanitizer, for the sake of g++, which takes long over four.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int kBundle = 2;
 #else
@@ -506,15 +506,6 @@ struct Bundle {
   }
   FUSED_RNN_INLINE Bundle& operator+=(Bundle y) { return *this = *this + y; }
 };
-
-template <class V>
-FUSED_RNN_INLINE V vector_of(V v, int) {
-  return v;
-}
-template <class V, int n>
-FUSED_RNN_INLINE V vector_of(const Bundle<V, n>& all, int i) {
-  return all.v[i];
-}
 
 // The vectors at p, p + next and so on, as many as P has.
 template <class P, class S>
