@@ -47,6 +47,7 @@ def constants(fmt: Format) -> dict[str, list[str]]:
     q = fit(exp_tail, -ln2 / 2, ln2 / 2, fmt.exp_terms)
     return {
         "log2e": [literal(1 / ln2)],
+        "ln2": [literal(ln2)],
         "ln2 high, low": [literal(high), literal(ln2 - high)],
         "2 Q": [literal(2 * c) for c in q],
     }

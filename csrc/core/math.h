@@ -2,8 +2,10 @@
 // double, a vector of either declared with __attribute__((vector_size(n))), or a struct that has
 // their operators and a specialisation of Arithmetic.
 //
-// NaN propagates, infinities saturate, and denormal numbers come of tiny ones only: where machines
-// are slow at them the kernels take them for zero. Errors are below 2.6 units in the last place,
+// NaN propagates, infinities saturate, and numbers are denormal only where tiny ones make them so
+// and where a sigmoid is almost zero: where machines are slow at them the kernels take them for
+// zero. Cells wait for these functions, each a chain of operations, so of two ways to the same
+// digits it takes the shorter. Errors are below 2.6 units in the last place,
 // with and without contraction to FMA (tests/csrc/test_math.cpp). That takes round-to-nearest and
 // no -ffast-math, which would cancel the shift in exp.
 #pragma once
@@ -22,8 +24,9 @@ struct Extremes {
   FUSED_RNN_HD static V smaller(V a, V b) { return a < b ? a : b; }
 };
 
-// a / b, where neither b nor 1 / b is denormal. A GPU's own division asks for each b whether it is,
-// so that one waits for the other; this is a correction of an approximate reciprocal.
+// a / b, where b is not denormal. A GPU's own division asks for each b whether that or 1 / b is, so
+// that one waits for the other; this is a correction of an approximate reciprocal. There b must be
+// finite, and where 1 / b is denormal the result is zero.
 template <class V>
 FUSED_RNN_HD V quotient(V a, V b) {
 #ifdef __CUDA_ARCH__
@@ -83,14 +86,14 @@ FUSED_RNN_HD V from_bits(Int<V> bits) {
   return Arithmetic<V>::from_bits(bits);
 }
 
-// c0 + c1 x + c2 x^2 + ...
-template <class V>
+// c0 + c1 s x + c2 (s x)^2 + ..., for s a power of two: it is in the coefficients then.
+template <int s, class V>
 FUSED_RNN_HD V polynomial(V, Element<V> c0) {
   return broadcast<V>(c0);
 }
-template <class V, class... Rest>
+template <int s, class V, class... Rest>
 FUSED_RNN_HD V polynomial(V x, Element<V> c0, Rest... rest) {
-  return polynomial(x, rest...) * x + c0;
+  return polynomial<s>(x, (s * rest)...) * x + c0;
 }
 
 // Numbers of an element type. Those with many digits come from tools/fit_polynomials.py.
@@ -100,37 +103,47 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr float kLog2e = 1.44269504f;
+  static constexpr float kLn2 = 0.693147181f;
   static constexpr float kLn2High = 0.693145752f;  // 16 bits, so that n * kLn2High is exact
   static constexpr float kLn2Low = 1.42860682e-6f;
   static constexpr int kSignificandBits = 23;
-  static constexpr float kShift = 0x1.8p23f + 126;
+  static constexpr int kBias = 127;
+  static constexpr float kRound = 0x1.8p23f;
   static constexpr float kExpZero = 87.0f;  // rounds to n = -126
-  static constexpr float kTanhOne = 9.5f;   // tanh rounds to 1 from 9.02 on
+#ifdef __CUDA_ARCH__
+  static constexpr float kExpHuge = 88.0f;  // finite, for quotient()
+#else
+  static constexpr float kExpHuge = 89.0f;  // its exponential is infinite
+#endif
+  static constexpr float kTanhOne = 9.5f;  // tanh rounds to 1 from 9.02 on
   static constexpr Int<float> kSign = INT32_MIN;
 
-  template <class V>
+  template <int s, class V>
   FUSED_RNN_HD static V twice_exp_tail(V r) {
-    return polynomial(r, 1.0f, 0.333331541f, 0.0833331093f, 0.0167263461f, 0.00278523522f);
+    return polynomial<s>(r, 1.0f, 0.333331541f, 0.0833331093f, 0.0167263461f, 0.00278523522f);
   }
 };
 
 template <>
 struct Constants<double> {
   static constexpr double kLog2e = 1.4426950408889634;
+  static constexpr double kLn2 = 0.69314718055994531;
   static constexpr double kLn2High = 0.69314718055989033;  // 42 bits
   static constexpr double kLn2Low = 5.4979230187083712e-14;
   static constexpr int kSignificandBits = 52;
-  static constexpr double kShift = 0x1.8p52 + 1022;
+  static constexpr int kBias = 1023;
+  static constexpr double kRound = 0x1.8p52;
   static constexpr double kExpZero = 708.5;  // rounds to n = -1022
-  static constexpr double kTanhOne = 20.0;   // tanh rounds to 1 from 19.07 on
+  static constexpr double kExpHuge = 710.0;
+  static constexpr double kTanhOne = 20.0;  // tanh rounds to 1 from 19.07 on
   static constexpr Int<double> kSign = INT64_MIN;
 
-  template <class V>
+  template <int s, class V>
   FUSED_RNN_HD static V twice_exp_tail(V r) {
-    return polynomial(r, 1.0000000000000002, 0.33333333333333335, 0.083333333333248324,
-                      0.016666666666660129, 0.0027777777834393438, 0.00039682539726081091,
-                      4.9603042644737387e-5, 5.5114536960620051e-6, 5.5240151759966733e-7,
-                      5.0200751665122467e-8);
+    return polynomial<s>(r, 1.0000000000000002, 0.33333333333333335, 0.083333333333248324,
+                         0.016666666666660129, 0.0027777777834393438, 0.00039682539726081091,
+                         4.9603042644737387e-5, 5.5114536960620051e-6, 5.5240151759966733e-7,
+                         5.0200751665122467e-8);
   }
 };
 
@@ -159,54 +172,49 @@ FUSED_RNN_HD V at_most(V x, Element<V> high) {
   return Arithmetic<V>::smaller(broadcast<V>(high), x);
 }
 
-// e^x = 2^n e^r with n an integer and |r| <= ln2 / 2, for -kExpZero <= x <= kExpZero.
+// Adding kRound rounds to an integer, which is left in the low bits. Where the exponent's bias was
+// added as well, these bits shifted up are a power of two.
 template <class V>
-struct Power {
-  V r;
-  V half_scale;  // 2^(n-1)
-};
-
-// Adding 1.5 * 2^(significand bits) rounds to an integer, which is left in the low bits. kShift
-// adds the exponent's bias as well, less one: shifted up, these bits are 2^(n-1), or zero for the
-// lowest n, so that results near the denormals are exactly zero and none is denormal.
-template <class V>
-FUSED_RNN_HD Power<V> power(V x) {
-  using K = Constants<Element<V>>;
-  const V t = x * K::kLog2e + K::kShift;
-  const V n = t - K::kShift;
-  return {x - n * K::kLn2High - n * K::kLn2Low, from_bits<V>(bits(t) << K::kSignificandBits)};
+FUSED_RNN_HD V power_of_two(V rounded) {
+  return from_bits<V>(bits(rounded) << Constants<Element<V>>::kSignificandBits);
 }
 
+// e^x = 2^n e^r with n an integer and |r| <= ln2 / 2, for -kExpZero <= x <= kExpHuge. The power is
+// that of n - 1, which is zero for the lowest n: no result is denormal.
 template <class V>
 FUSED_RNN_HD V exp(V x) {
-  const Power<V> e = power(x);
-  const V tail = Constants<Element<V>>::twice_exp_tail(e.r);
-  return ((tail * e.r + 2) * e.r + 2) * e.half_scale;
+  using K = Constants<Element<V>>;
+  constexpr Element<V> kShift = K::kRound + (K::kBias - 1);
+  const V t = x * K::kLog2e + kShift;
+  const V n = t - kShift;
+  const V r = x - n * K::kLn2High - n * K::kLn2Low;
+  const V tail = K::template twice_exp_tail<1>(r);
+  return ((tail * r + 2) * r + 2) * power_of_two(t);
 }
 
-// e^x - 1. Where that is small, n is 0 and what is added at the end too.
-template <class V>
-FUSED_RNN_HD V expm1(V x) {
-  const Power<V> e = power(x);
-  const V tail = Constants<Element<V>>::twice_exp_tail(e.r);
-  return (tail * e.r * e.r + (e.r + e.r)) * e.half_scale + (2 * e.half_scale - 1);
-}
-
-// 1 / (1 + e^-x). Below -kExpZero it is exactly zero.
+// 1 / (1 + e^-x). From -kExpHuge down it is exactly zero.
 template <class V>
 FUSED_RNN_HD V sigmoid(V x) {
   using K = Constants<Element<V>>;
-  const V bounded = at_most(at_least(x, -K::kExpZero), K::kExpZero);
-  return select(x < -K::kExpZero, V{}, quotient(broadcast<V>(1), 1 + exp(-bounded)));
+  const V bounded = at_most(at_least(x, -K::kExpHuge), K::kExpZero);
+  return quotient(broadcast<V>(1), 1 + exp(-bounded));
 }
 
-// (e^2|x| - 1) / (e^2|x| + 1) with the sign of x.
+// m / (m + 1) with the sign of x, where m = (e^2|x| - 1) / 2. With |x| = n ln2 / 2 + r, that is
+// 2^n (e^2r - 1) / 2 + (2^n - 1) / 2. Where |x| is small, n is 0 and what is added too; where n is
+// large, what ln2 / 2 loses by rounding is lost in 2^n.
 template <class V>
 FUSED_RNN_HD V tanh(V x) {
   using K = Constants<Element<V>>;
+  constexpr Element<V> kShift = K::kRound + K::kBias, kHalf = Element<V>(0.5);
   const V b = at_most(magnitude(x), K::kTanhOne);
-  const V m = expm1(b + b);
-  return from_bits<V>(bits(quotient(m, m + 2)) | (bits(x) & K::kSign));
+  const V t = b * (2 * K::kLog2e) + kShift;
+  const V n = t - kShift;
+  const V r = b - n * (K::kLn2 / 2);
+  const V tail = K::template twice_exp_tail<2>(r);
+  const V power = power_of_two(t);
+  const V m = (tail * r * r + r) * power + (power * kHalf - kHalf);
+  return from_bits<V>(bits(quotient(m, m + 1)) | (bits(x) & K::kSign));
 }
 
 // max(x, 0)

@@ -124,20 +124,23 @@ struct Worst {
 template <class Function, class E>
 void compare(const std::vector<E>& x, Worst& worst) {
   using Wide = typename Format<E>::Wide;
+  constexpr E kAlmostZero = 2 * std::numeric_limits<E>::min();
   // Of tiny numbers denormal ones may come: of their squares, and of a product with log2 e.
-  std::vector<E> not_tiny(x);
-  for (E& value : not_tiny)
-    if (std::abs(value) < E(0x1p-60)) value = 0;
+  std::vector<E> ordinary(x);
+  for (E& value : ordinary) {
+    const Wide exact = Function::exact(static_cast<Wide>(value));
+    if (std::abs(value) < E(0x1p-60) || std::abs(exact) < kAlmostZero) value = 0;
+  }
   std::feclearexcept(FE_ALL_EXCEPT);
-  evaluate<Function, E>(not_tiny);
+  evaluate<Function, E>(ordinary);
   check::that(!std::fetestexcept(FE_UNDERFLOW), "%s %s makes denormal numbers", Format<E>::kName,
               Function::kName);
   const std::vector<E> y = evaluate<Function, E>(x);
   for (size_t i = 0; i < x.size(); ++i) {
     const Wide exact = Function::exact(static_cast<Wide>(x[i]));
     if constexpr (std::is_same_v<Function, Sigmoid>) {
-      // Zero already a little before it would be denormal.
-      if (y[i] == 0 && exact < 2 * std::numeric_limits<E>::min()) continue;
+      // Zero before the exact one would round to it.
+      if (y[i] == 0 && exact < kAlmostZero) continue;
     }
     const double error = ulps(y[i], exact);
     check::that(error <= Function::kMaxUlp, "%s %s(%a) = %a is off by %.3g ulp", Format<E>::kName,
