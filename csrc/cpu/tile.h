@@ -60,6 +60,10 @@ template <class W>
 constexpr int64_t kPiece =
     kPieceBytes / (kLanes<Accumulate<W>> * int64_t(sizeof(W))) * kDepth<W>;  // of K
 
+// Terms that a tile adds up before it adds their sum to that of the terms before: where they are
+// alike in size, the error of a sum grows with their number.
+constexpr int64_t kTerms = 256;
+
 // The rows of K that a tile goes through, of those that a panel has.
 struct Depth {
   int64_t count;
@@ -214,44 +218,60 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
       w = term.w;
 #pragma GCC unroll 8
       for (int i = 0; i < kStarts; ++i) starts[i] = start(i);
+      int64_t row = 0;  // of w where parts are known at run time only, times L
+      alignas(64) A buffer[M * kVectors * L];
+      A* const before = opaque(buffer);  // the sums of the terms before
+      int64_t left = K, n;
+      do {
+        n = left < kTerms ? left : kTerms;
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
-      if constexpr (kVectorRegisters == 16 && kParts<X, kDepth<W>> > 1 && kHeld >= 15) {
-        // No register is left for a mask, and GCC would spill sums: one part at a time.
-        int64_t row = 0, part = 0;  // times L
-        for (int64_t k = 0; k < K; ++k) {
-          if (!part) fetch();
-          multiply([&](int v)
-                       __attribute__((always_inline)) { return part_at(weight(v, row), part); },
-                   [&](int m) __attribute__((always_inline)) { return broadcast<1>(operand(m)); });
-          row += part;
-          part ^= L;
-          next(1);
-        }
-      } else {
-        // The next row of w, of which the first n rows of K are multiplied.
-        const auto next_row = [&](auto n) __attribute__((always_inline)) {
-          fetch();
-#pragma GCC unroll 2
-          for (int part = 0; part < kParts<X, n()>; ++part)
+          for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
+        if constexpr (kVectorRegisters == 16 && kParts<X, kDepth<W>> > 1 && kHeld >= 15) {
+          // No register is left for a mask, and GCC would spill sums: one part at a time.
+          int64_t part = 0;  // likewise
+          for (int64_t k = 0; k < n; ++k) {
+            if (!part) fetch();
             multiply(
-                [&](int v) __attribute__((always_inline)) {
-                  return weights_of_part<X>(weight(v, 0), part);
-                },
-                [&](int m)
-                    __attribute__((always_inline)) { return broadcast<n()>(operand(m) + part); });
+                [&](int v) __attribute__((always_inline)) { return part_at(weight(v, row), part); },
+                [&](int m) __attribute__((always_inline)) { return broadcast<1>(operand(m)); });
+            row += part;
+            part ^= L;
+            next(1);
+          }
+        } else {
+          // The next row of w, of which the first n rows of K are multiplied.
+          const auto next_row = [&](auto n) __attribute__((always_inline)) {
+            fetch();
+#pragma GCC unroll 2
+            for (int part = 0; part < kParts<X, n()>; ++part)
+              multiply(
+                  [&](int v) __attribute__((always_inline)) {
+                    return weights_of_part<X>(weight(v, 0), part);
+                  },
+                  [&](int m)
+                      __attribute__((always_inline)) { return broadcast<n()>(operand(m) + part); });
 #pragma GCC unroll 8
-          for (int i = 0; i < kStarts; ++i)
-            starts[i] += (kAcross ? kStrip : width(i % kStrips)) * L;
-          if constexpr (kRight == Right::kRows) w += ldw;
-          next(kLeft == Left::kRows ? n() : lda);
+            for (int i = 0; i < kStarts; ++i)
+              starts[i] += (kAcross ? kStrip : width(i % kStrips)) * L;
+            if constexpr (kRight == Right::kRows) w += ldw;
+            next(kLeft == Left::kRows ? n() : lda);
+          };
+          for (int64_t k = kDepth<W>; k <= n; k += kDepth<W>)
+            next_row(std::integral_constant<int, kDepth<W>>{});
+          if (kDepth<W> > 1 && n % kDepth<W>) next_row(std::integral_constant<int, 1>{});
+        }
+        const auto each_sum = [&](auto body) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) body(sum[m][v], before + (m * kVectors + v) * L);
         };
-        for (int64_t k = kDepth<W>; k <= K; k += kDepth<W>)
-          next_row(std::integral_constant<int, kDepth<W>>{});
-        if (kDepth<W> > 1 && K % kDepth<W>) next_row(std::integral_constant<int, 1>{});
-      }
+        if (left < K) each_sum([](Vector<A>& one, const A* to) { one += load(to); });
+        if (left > n) each_sum([](const Vector<A>& one, A* to) { store(to, one); });
+        left -= n;
+      } while (left > 0);
       // From row to row: g++ would make all addresses beforehand, and keep them in memory.
       const auto write = [&](auto added) __attribute__((always_inline)) {
 #pragma GCC unroll 16
