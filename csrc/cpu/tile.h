@@ -138,8 +138,10 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
     return;
   } else {
     const auto width = [](int s) { return NV - s * kStrip < kStrip ? NV - s * kStrip : kStrip; };
-    // Of every fourth row, the next element: for all rows there would be too few registers.
-    constexpr int kApart = 4, kFirst = kLeft == Left::kRows ? (M + kApart - 1) / kApart : 1;
+    // Of every sixth or fourth row, the next element: for all rows there would be too few
+    // registers.
+    constexpr int kApart = M <= 6 ? 6 : 4,
+                  kFirst = kLeft == Left::kRows ? (M + kApart - 1) / kApart : 1;
     const X* a[kFirst];
     const W* w = term.w;
     const int64_t K = term.depth.count, lda = term.lda, ldw = term.ldw;
@@ -171,19 +173,23 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
     };
     const auto address = [](const W* w) { return reinterpret_cast<const char*>(w); };
     const char* coming = address(start(0)) + ldw;
-    const int64_t line = kRight == Right::kPanel && ldw ? kLine : 0;
     int64_t ahead[kStarts] = {};  // bytes from each start to what is fetched with it
     for (int i = 0; kAcross && ldw && i < kStarts; ++i) {
       const int next = term.column + NV + i, all = kStrip * NV;
       ahead[i] = address(across(next % all)) - address(start(i)) + (next < all ? 0 : ldw);
     }
+    int64_t row = 0;  // of w where parts are known at run time only, times L
+    constexpr bool kFetches = kAcross || (kRight == Right::kPanel && M >= kFetchingRows);
+    constexpr bool kRowIsLine = kStarts == 1 && NV * L * int64_t(sizeof(W)) == kLine;
     const auto fetch = [&]() __attribute__((always_inline)) {
       if constexpr (kAcross) {
 #pragma GCC unroll 4
         for (int i = 0; i < kStarts; ++i) __builtin_prefetch(address(starts[i]) + ahead[i], 0, 2);
-      } else if constexpr (kRight == Right::kPanel && M >= kFetchingRows) {
+      } else if constexpr (kRowIsLine) {
+        __builtin_prefetch(address(starts[0] + row * width(0)) + ldw, 0, 2);
+      } else {
         __builtin_prefetch(coming, 0, 2);
-        coming += line;
+        coming += kLine;
       }
     };
     // Multiplies what weights(v) and operands(m) give. What is fewer stands in registers.
@@ -211,6 +217,44 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
       }
     };
     constexpr int kHeld = kVectors * M + (M < kVectors ? M : kVectors) + 1;
+    // Adds products of n of K. With few instructions for each: they are what it costs where another
+    // thread has its share of the core.
+    const auto add_up = [&](int64_t n, auto fetches) __attribute__((always_inline)) {
+      if constexpr (kVectorRegisters == 16 && kParts<X, kDepth<W>> > 1 && kHeld >= 15) {
+        // No register is left for a mask, and GCC would spill sums: one part at a time.
+        int64_t part = 0;  // times L
+        for (int64_t k = 0; k < n; ++k) {
+          if (fetches && !part) fetch();
+          multiply([&](int v)
+                       __attribute__((always_inline)) { return part_at(weight(v, row), part); },
+                   [&](int m) __attribute__((always_inline)) { return broadcast<1>(operand(m)); });
+          row += part;
+          part ^= L;
+          next(1);
+        }
+      } else {
+        // The next row of w, of which the first n rows of K are multiplied.
+        const auto next_row = [&](auto n) __attribute__((always_inline)) {
+          if (fetches) fetch();
+#pragma GCC unroll 2
+          for (int part = 0; part < kParts<X, n()>; ++part)
+            multiply(
+                [&](int v) __attribute__((always_inline)) {
+                  return weights_of_part<X>(weight(v, 0), part);
+                },
+                [&](int m)
+                    __attribute__((always_inline)) { return broadcast<n()>(operand(m) + part); });
+#pragma GCC unroll 8
+          for (int i = 0; i < kStarts; ++i)
+            starts[i] += (kAcross ? kStrip : width(i % kStrips)) * L;
+          if constexpr (kRight == Right::kRows) w += ldw;
+          next(kLeft == Left::kRows ? n() : lda);
+        };
+        const X* const end = a[0] + n / kDepth<W> * (kLeft == Left::kRows ? kDepth<W> : lda);
+        while (a[0] != end) next_row(std::integral_constant<int, kDepth<W>>{});
+        if (kDepth<W> > 1 && n % kDepth<W>) next_row(std::integral_constant<int, 1>{});
+      }
+    };
     for (const X* rows_of_a = term.a; count > 0;
          --count, rows_of_a += kLeft == Left::kRows ? M * lda : M) {
       a[0] = rows_of_a;
@@ -218,7 +262,7 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
       w = term.w;
 #pragma GCC unroll 8
       for (int i = 0; i < kStarts; ++i) starts[i] = start(i);
-      int64_t row = 0;  // of w where parts are known at run time only, times L
+      row = 0;
       alignas(64) A buffer[M * kVectors * L];
       A* const before = opaque(buffer);  // the sums of the terms before
       int64_t left = K, n;
@@ -228,40 +272,10 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
-        if constexpr (kVectorRegisters == 16 && kParts<X, kDepth<W>> > 1 && kHeld >= 15) {
-          // No register is left for a mask, and GCC would spill sums: one part at a time.
-          int64_t part = 0;  // likewise
-          for (int64_t k = 0; k < n; ++k) {
-            if (!part) fetch();
-            multiply(
-                [&](int v) __attribute__((always_inline)) { return part_at(weight(v, row), part); },
-                [&](int m) __attribute__((always_inline)) { return broadcast<1>(operand(m)); });
-            row += part;
-            part ^= L;
-            next(1);
-          }
-        } else {
-          // The next row of w, of which the first n rows of K are multiplied.
-          const auto next_row = [&](auto n) __attribute__((always_inline)) {
-            fetch();
-#pragma GCC unroll 2
-            for (int part = 0; part < kParts<X, n()>; ++part)
-              multiply(
-                  [&](int v) __attribute__((always_inline)) {
-                    return weights_of_part<X>(weight(v, 0), part);
-                  },
-                  [&](int m)
-                      __attribute__((always_inline)) { return broadcast<n()>(operand(m) + part); });
-#pragma GCC unroll 8
-            for (int i = 0; i < kStarts; ++i)
-              starts[i] += (kAcross ? kStrip : width(i % kStrips)) * L;
-            if constexpr (kRight == Right::kRows) w += ldw;
-            next(kLeft == Left::kRows ? n() : lda);
-          };
-          for (int64_t k = kDepth<W>; k <= n; k += kDepth<W>)
-            next_row(std::integral_constant<int, kDepth<W>>{});
-          if (kDepth<W> > 1 && n % kDepth<W>) next_row(std::integral_constant<int, 1>{});
-        }
+        if (kFetches && ldw)
+          add_up(n, std::true_type{});
+        else
+          add_up(n, std::false_type{});
         const auto each_sum = [&](auto body) __attribute__((always_inline)) {
 #pragma GCC unroll 16
           for (int m = 0; m < M; ++m)
