@@ -4,10 +4,10 @@
 //
 // NaN propagates, infinities saturate, and numbers are denormal only where tiny ones make them so
 // and where a sigmoid is almost zero: where machines are slow at them the kernels take them for
-// zero. Cells wait for these functions, each a chain of operations, so of two ways to the same
-// digits it takes the shorter. Errors are below 2.6 units in the last place,
-// with and without contraction to FMA (tests/csrc/test_math.cpp). That takes round-to-nearest and
-// no -ffast-math, which would cancel the shift in exp.
+// zero. Cells wait for these functions, which are chains of operations: of two ways to the same
+// digits the shorter is here. Errors are below 2.6 units in the last place, with and without
+// contraction to FMA (tests/csrc/test_math.cpp). That takes round-to-nearest and no -ffast-math,
+// which would cancel the shift in exp.
 #pragma once
 
 #include <stdint.h>
@@ -111,7 +111,7 @@ struct Constants<float> {
   static constexpr float kRound = 0x1.8p23f;
   static constexpr float kExpZero = 87.0f;  // rounds to n = -126
 #ifdef __CUDA_ARCH__
-  static constexpr float kExpHuge = 88.0f;  // finite, for quotient()
+  static constexpr float kExpHuge = 88.0f;  // finite for quotient(), which gives zero
 #else
   static constexpr float kExpHuge = 89.0f;  // its exponential is infinite
 #endif
