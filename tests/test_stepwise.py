@@ -159,7 +159,9 @@ each_persistent = pytest.mark.parametrize("cell", ["lstm", "gru"])
         # Parts of k that are not whole, more of them than a warp loads at once, and two stages.
         ((3, 2, 3, 24), torch.bfloat16, {}),
         ((2, 2, 3, 264), torch.float16, {}),
-        ((2, 2, 3, 136), torch.float32, {}),
+        # In emulation d_input is the host's matrix product, which on some processors (Zen 3) adds
+        # up term by term where there are fewer columns than a vector has.
+        ((2, 2, 9, 136), torch.float32, {}),
         # Groups of blocks, the last one with fewer sequences.
         ((2, 20, 3, 8), torch.bfloat16, {"bidirectional": True}),
     ],
