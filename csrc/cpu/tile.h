@@ -123,6 +123,7 @@ void tile(const Term<X, W>& term, const Accumulate<X>* add, int64_t ld_add, Accu
   using A = Accumulate<X>;
   constexpr int L = kLanes<A>;
   static_assert(kDepth<W> == 1 || (kLeft == Left::kRows && kRight != Right::kRows));
+  static_assert(kTerms % kDepth<W> == 0);
   constexpr bool kAcross = kRight == Right::kAcross;
   constexpr int kStrips = kRight == Right::kPanel ? (NV + kStrip - 1) / kStrip : 1;  // of a panel
   constexpr int kStarts = kAcross ? NV : kPanels * kStrips;                          // in w

@@ -172,6 +172,21 @@ void fetched_lines(int vectors) {
   check::that(share_of<W>(0, K, vectors, 0) == 0, "nothing follows, and is fetched");
 }
 
+// A number to which 1 cannot be added hides the ones that follow it among its own kTerms, no
+// others.
+void terms(int64_t rows) {
+  constexpr int64_t K = 1000, H = kLanes<float>;
+  constexpr float kLarge = 0x1p24f;
+  const std::vector<float> x(size_t(rows * K), 1);
+  std::vector<float> w(size_t(H * K), 1), packed(size_t(H * K)), out(size_t(rows * H));
+  for (int64_t h = 0; h < H; ++h) w[size_t(h * K)] = kLarge;
+  pack_transposed(w.data(), K, 1, H, K, 0, 1, packed.data());
+  packed_product<float, float>(0, rows, K, x.data(), K, packed.data(), nullptr, 1, 1, nullptr, 0,
+                               out.data(), H);
+  for (const float sum : out)
+    check::that(sum == kLarge + float(K - kTerms), "the terms amount to %a", double(sum));
+}
+
 template <class S>
 void test() {
   for (int vectors = 1; vectors <= kMaxVectors; ++vectors) fetched_lines<S>(vectors);
@@ -196,6 +211,7 @@ void test() {
 int main() {
   test<BFloat16>();
   test<float>();
+  for (const int64_t rows : {1, 6}) terms(rows);
 #if !defined(FUSED_RNN_VECTOR_BYTES)  // the others add nothing to what is tested so
   test<double>();
   test<Float16>();
