@@ -501,9 +501,6 @@ struct Bundle {
   friend FUSED_RNN_INLINE Bundle operator<<(Bundle x, int bits) {
     return of([&](int i) { return x.v[i] << bits; });
   }
-  friend FUSED_RNN_INLINE auto operator<(Bundle x, Bundle y) {
-    return Bundle<decltype(V{} < V{}), n>::of([&](int i) { return x.v[i] < y.v[i]; });
-  }
   FUSED_RNN_INLINE Bundle& operator+=(Bundle y) { return *this = *this + y; }
 };
 
@@ -608,9 +605,6 @@ struct Arithmetic<cpu::FUSED_RNN_ISA::Bundle<V, n>> {
   }
   FUSED_RNN_INLINE static All from_bits(Int x) {
     return All::of([&](int i) { return One::from_bits(x.v[i]); });
-  }
-  FUSED_RNN_INLINE static All select(Int condition, All x, All y) {
-    return All::of([&](int i) { return One::select(condition.v[i], x.v[i], y.v[i]); });
   }
   FUSED_RNN_INLINE static All larger(All x, All y) {
     return All::of([&](int i) { return One::larger(x.v[i], y.v[i]); });
